@@ -441,13 +441,17 @@ def _allowed(error: dict) -> str:
         if close: text += f" (nearest: {close[0]!r})"
     return text
 
+def _path(error: dict) -> tuple:
+    "The keys that lead to what `error` blames; pydantic marks a wrong name in a dict by a last '[key]'"
+    return error["loc"][:-1] if error["type"] == "literal_error" and error["loc"][-1] == "[key]" else error["loc"]
+
 def error_line(
     where: str,    # the file that the value stands in
     error: dict,   # one of ValidationError.errors()
 ) -> str:          # 'file: key: value X: what is allowed'
     "One line for one of pydantic's errors"
-    path = tuple(part for part in error["loc"] if part != "[key]")
-    if error["loc"][-1] == "[key]": return f"{where}: {'.'.join(path)}: unknown name, {_allowed(error)}"
+    path = _path(error)
+    if path != error["loc"]: return f"{where}: {'.'.join(path)}: unknown name, {_allowed(error)}"
     if error["type"] == "extra_forbidden":
         nearest = nearest_key(path)
         return f"{where}: {'.'.join(path)}: unknown key" + (f", nearest known: {nearest}" if nearest else "")
@@ -487,7 +491,7 @@ def field_errors(
         except ValidationError as caught: fresh = caught.errors(include_url=False)
         known = [error["loc"] for error in errors]   # what follows from setting aside is no mistake of the user's
         errors += [error for error in fresh if not any(_related(error["loc"], loc) for loc in known)]
-        _set_aside(tree, [tuple(part for part in error["loc"] if part != "[key]") for error in fresh])
+        _set_aside(tree, [_path(error) for error in fresh])
 
 # %% ../nbs/00_config.ipynb #e400fdf6
 def broken_rules(
