@@ -5,16 +5,14 @@
 # %% auto #0
 __all__ = ['BACKBONES', 'HEATMAP_BIAS', 'ROW_SIGMA_PX', 'ConvUnit', 'channel_shuffle', 'Stem', 'ShuffleUnit', 'SpatialWeighting',
            'CrossResolutionWeighting', 'ConditionalChannelWeighting', 'separable_layers', 'fuse_path', 'LiteHRModule',
-           'fuse', 'transition', 'LiteHRNet', 'initialise', 'read_state_dict', 'bare_name', 'backbone_tensors',
+           'transition', 'LiteHRNet', 'initialise', 'read_state_dict', 'bare_name', 'backbone_tensors',
            'load_backbone_weights', 'create_backbone', 'smoothing', 'LiteFPN', 'full_precision', 'PredictionHead',
-           'CaptchaKeypointNet', 'prepare', 'valid_cells', 'values_at', 'window_at', 'soft_argmax_offset',
-           'gaussian_blur', 'dark_offset', 'decode_points', 'best_pair', 'decode_outputs', 'decode_predictions',
-           'create_lite_hrnet_18_fpn', 'load_model', 'OperationCounter', 'model_parts', 'model_table']
+           'CaptchaKeypointNet', 'values_at', 'window_at', 'soft_argmax_offset', 'gaussian_blur', 'dark_offset',
+           'decode_points', 'best_pair', 'decode_outputs', 'create_lite_hrnet_18_fpn', 'load_model', 'OperationCounter',
+           'model_parts', 'model_table']
 
 # %% ../nbs/04_model.ipynb #51d63b25
-import pickle
 import re
-import zipfile
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
@@ -22,11 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 import torch.nn.functional as F
-from safetensors import SafetensorError
+from fastcore.basics import patch
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
-from .config import UserError
+from .config import Section, UserError, check_tree
 from .geometry import HeatmapCodec
 
 # %% ../nbs/04_model.ipynb #0a6b3a89
@@ -39,7 +37,7 @@ class ConvUnit(nn.Module):
         stride: int = 1,       # 1 or 2
         groups: int = 1,       # `in_channels` makes it depthwise
         norm: bool = True,     # batch norm; without it the convolution has a bias
-        activation=None,       # a function such as `F.relu`, or None
+        activation=None,       # a function such as `torch.relu_` (the map is the unit's own, so in place is safe), or None
     ):
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size//2, groups=groups, bias=not norm)
@@ -57,6 +55,9 @@ def channel_shuffle(
 ) -> Tensor:          # [B, C, H, W]
     "Deal the groups' channels out in turn, so that the next split mixes them (ShuffleNet, Zhang et al., CVPR 2018)."
     batch, channels, height, width = x.shape
+    if x.is_contiguous(memory_format=torch.channels_last):  # stay in that memory format, or every later layer pays for it
+        pixels = x.permute(0, 2, 3, 1).view(batch, height, width, groups, channels//groups)
+        return pixels.transpose(3, 4).reshape(batch, height, width, channels).permute(0, 3, 1, 2)
     return x.view(batch, groups, channels//groups, height, width).transpose(1, 2).reshape(batch, channels, height, width)
 
 # %% ../nbs/04_model.ipynb #1322d8fe
@@ -68,11 +69,11 @@ class Stem(nn.Module):
     ):
         super().__init__()
         half = channels // 2
-        self.conv1 = ConvUnit(in_channels, channels, 3, stride=2, activation=F.relu)
-        self.branch1 = nn.Sequential(ConvUnit(half, half, 3, stride=2, groups=half), ConvUnit(half, half, activation=F.relu))
-        self.expand_conv = ConvUnit(half, channels, activation=F.relu)
+        self.conv1 = ConvUnit(in_channels, channels, 3, stride=2, activation=torch.relu_)
+        self.branch1 = nn.Sequential(ConvUnit(half, half, 3, stride=2, groups=half), ConvUnit(half, half, activation=torch.relu_))
+        self.expand_conv = ConvUnit(half, channels, activation=torch.relu_)
         self.depthwise_conv = ConvUnit(channels, channels, 3, stride=2, groups=channels)
-        self.linear_conv = ConvUnit(channels, half, activation=F.relu)
+        self.linear_conv = ConvUnit(channels, half, activation=torch.relu_)
 
     def forward(self, x: Tensor) -> Tensor:
         left, right = self.conv1(x).chunk(2, dim=1)
@@ -85,8 +86,8 @@ class ShuffleUnit(nn.Module):
     def __init__(self, channels: int):  # channels in and out, even
         super().__init__()
         half = channels // 2
-        self.branch2 = nn.Sequential(ConvUnit(half, half, activation=F.relu), ConvUnit(half, half, 3, groups=half),
-                                     ConvUnit(half, half, activation=F.relu))
+        self.branch2 = nn.Sequential(ConvUnit(half, half, activation=torch.relu_), ConvUnit(half, half, 3, groups=half),
+                                     ConvUnit(half, half, activation=torch.relu_))
 
     def forward(self, x: Tensor) -> Tensor:
         left, right = x.chunk(2, dim=1)
@@ -100,7 +101,7 @@ class SpatialWeighting(nn.Module):
         ratio: int = 4,  # how much narrower the hidden layer is
     ):
         super().__init__()
-        self.conv1 = ConvUnit(channels, channels//ratio, norm=False, activation=F.relu)
+        self.conv1 = ConvUnit(channels, channels//ratio, norm=False, activation=torch.relu_)
         self.conv2 = ConvUnit(channels//ratio, channels, norm=False, activation=torch.sigmoid)
 
     def weights(self, x: Tensor) -> Tensor:  # [B, C, 1, 1] in (0, 1)
@@ -117,7 +118,7 @@ class CrossResolutionWeighting(nn.Module):
     ):
         super().__init__()
         self.channels, total = list(channels), sum(channels)
-        self.conv1 = ConvUnit(total, total//ratio, activation=F.relu)
+        self.conv1 = ConvUnit(total, total//ratio, activation=torch.relu_)
         self.conv2 = ConvUnit(total//ratio, total, activation=torch.sigmoid)
 
     def weights(self, maps: list[Tensor]) -> tuple[Tensor, ...]:  # a branch each: [B, C, h, w] in (0, 1), all of the coarsest size
@@ -159,7 +160,7 @@ def separable_layers(
 ) -> list[nn.Module]:
     "Depthwise 3×3 and pointwise 1×1, a batch norm after each: the parts of transitions and downward fuse paths."
     return [nn.Conv2d(in_channels, in_channels, 3, stride, 1, groups=in_channels, bias=False), nn.BatchNorm2d(in_channels),
-            nn.Conv2d(in_channels, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels)] + [nn.ReLU()]*relu
+            nn.Conv2d(in_channels, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels)] + [nn.ReLU(inplace=True)]*relu
 
 # %% ../nbs/04_model.ipynb #aafcd9a8
 def fuse_path(
@@ -198,6 +199,7 @@ class LiteHRModule(nn.Module):
         return [F.relu(x) for x in self.fuse(maps)]
 
 # %% ../nbs/04_model.ipynb #9ef61af2
+@patch
 def fuse(self: LiteHRModule,
     maps: list[Tensor],  # of each branch, finest first
 ) -> list[Tensor]:       # the same shapes, before the ReLU
@@ -210,8 +212,6 @@ def fuse(self: LiteHRModule,
         fused.append(total)
         if target == 0: maps = [total, *maps[1:]]  # the reference's `y += …` wrote into branch 0's map
     return fused
-
-LiteHRModule.fuse = fuse
 
 # %% ../nbs/04_model.ipynb #2d7f60b1
 def transition(
@@ -273,17 +273,18 @@ def read_state_dict(
         if path.suffix == '.safetensors': return load_file(path)
         if path.suffix != '.npz': return torch.load(path, map_location='cpu', weights_only=True)
         with np.load(path, allow_pickle=False) as archive: return {key: torch.from_numpy(archive[key]) for key in archive.files}
-    except (SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, ValueError, EOFError, KeyError, OSError) as error:
+    except Exception as error:  # on a damaged file the readers fail in every way there is
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f'{path}: not a readable weights file ({first_line[:160]})') from None
 
-# %% ../nbs/04_model.ipynb #1443f334
+# %% ../nbs/04_model.ipynb #69c188b2
 def bare_name(
     key: str,  # as saved
 ) -> str:
     "A parameter's name without what wrappers put before it."
     return re.sub(r'^(weights/|module\.|_orig_mod\.|backbone\.)+', '', key)
 
+# %% ../nbs/04_model.ipynb #d1bed872
 def backbone_tensors(
     saved: dict,  # a state dict, or a checkpoint that holds one
 ) -> dict[str, Tensor]:
@@ -340,7 +341,7 @@ def smoothing(
 ) -> nn.Module:
     "A 3×3 convolution with batch norm and ReLU, light or dense."
     if separable: return nn.Sequential(*separable_layers(in_channels, out_channels))
-    return ConvUnit(in_channels, out_channels, 3, activation=F.relu)
+    return ConvUnit(in_channels, out_channels, 3, activation=torch.relu_)
 
 # %% ../nbs/04_model.ipynb #d1a7b61b
 class LiteFPN(nn.Module):
@@ -352,7 +353,7 @@ class LiteFPN(nn.Module):
     ):
         super().__init__()
         steps = len(in_channels) - 1
-        self.laterals = nn.ModuleList([ConvUnit(c, channels, activation=F.relu) for c in in_channels])
+        self.laterals = nn.ModuleList([ConvUnit(c, channels, activation=torch.relu_) for c in in_channels])
         self.fusion_weights = nn.ParameterList([torch.ones(2) for _ in range(steps)])  # 1-d: like norms, without weight decay
         self.smooth = nn.ModuleList([smoothing(channels, channels, separable) for _ in range(steps)])
 
@@ -366,13 +367,14 @@ class LiteFPN(nn.Module):
             top = smooth(share[0]*x + share[1]*upsampled)
         return top
 
-# %% ../nbs/04_model.ipynb #79c45673
+# %% ../nbs/04_model.ipynb #22cf14ab
 def full_precision(
     device_type: str,  # 'cpu', 'cuda', …
 ):
     "A context in which autocast, if it is on, is off."
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
+# %% ../nbs/04_model.ipynb #2f552975
 class PredictionHead(nn.Module):
     "A 3×3 layer, then a 1×1 convolution that stays in float32 under AMP."
     def __init__(self,
@@ -420,13 +422,14 @@ class CaptchaKeypointNet(nn.Module):
 
     def forward(self,
         image: Tensor,           # [B, 4, H, W], uint8 or float in [0, 1]; H and W multiples of 32
-    ) -> dict[str, Tensor]:      # gap_heatmap, slider_heatmap [B, 1, H/4, W/4] logits; offsets [B, 4, …] cells; angle [B, 2, …]; valid bool
+    ) -> dict[str, Tensor]:      # gap_heatmap, slider_heatmap [B, 1, H/4, W/4] logits; offsets [B, 4, …] cells; angle [B, 2, …]; valid
         image = self.prepare(image)
         features = self.neck(self.backbone(image))
         outputs = {name: head(features) for name, head in self.heads.items()}
         return outputs | {'valid': self.valid_cells(image)}
 
 # %% ../nbs/04_model.ipynb #40df7392
+@patch
 def prepare(self: CaptchaKeypointNet,
     image: Tensor,  # [B, C, H, W], uint8 or float in [0, 1]
 ) -> Tensor:        # the same in [0, 1], in the weights' type
@@ -436,6 +439,8 @@ def prepare(self: CaptchaKeypointNet,
     scaled = image.to(self.heads['offsets'].out.weight.dtype)
     return scaled if image.is_floating_point() else scaled / 255
 
+# %% ../nbs/04_model.ipynb #66e1757e
+@patch
 def valid_cells(self: CaptchaKeypointNet,
     image: Tensor,  # [B, C, H, W] in [0, 1]
 ) -> Tensor:        # bool [B, 1, H/4, W/4]
@@ -443,9 +448,7 @@ def valid_cells(self: CaptchaKeypointNet,
     mask = image[:, 3:4] if self.in_channels > 3 else torch.ones_like(image[:, :1])
     return F.max_pool2d(mask, self.codec.stride) > 0
 
-CaptchaKeypointNet.prepare, CaptchaKeypointNet.valid_cells = prepare, valid_cells
-
-# %% ../nbs/04_model.ipynb #66e1757e
+# %% ../nbs/04_model.ipynb #8366218d
 def values_at(
     maps: Tensor,  # [B, C, H, W]
     cell: Tensor,  # int64 [B, K, 2] column, row
@@ -454,6 +457,7 @@ def values_at(
     index = cell[..., 1]*maps.shape[3] + cell[..., 0]
     return maps.flatten(2).gather(2, index[:, None].expand(-1, maps.shape[1], -1)).transpose(1, 2)
 
+# %% ../nbs/04_model.ipynb #94a15b1d
 def window_at(
     maps: Tensor,  # [B, 1, H, W]
     cell: Tensor,  # int64 [B, K, 2] column, row
@@ -492,6 +496,7 @@ def gaussian_blur(
     kernel = (kernel / kernel.sum()).view(1, 1, -1, 1)
     return F.conv2d(F.conv2d(heat, kernel, padding=(radius, 0)), kernel.mT, padding=(0, radius))
 
+# %% ../nbs/04_model.ipynb #2e6ec7f9
 def dark_offset(
     logits: Tensor,             # [B, 1, H, W]
     valid: Tensor,              # bool [B, 1, H, W]
@@ -564,6 +569,7 @@ def decode_outputs(
                 slider_candidates=sliders, slider_candidate_scores=slider_scores)
 
 # %% ../nbs/04_model.ipynb #c5a85636
+@patch
 @torch.no_grad()
 def decode_predictions(self: CaptchaKeypointNet,
     outputs: dict[str, Tensor],  # of `forward`
@@ -573,16 +579,14 @@ def decode_predictions(self: CaptchaKeypointNet,
     with full_precision(outputs['offsets'].device.type):
         return decode_outputs(outputs, self.codec, **self.decode_options | options)
 
-CaptchaKeypointNet.decode_predictions = decode_predictions
-
 # %% ../nbs/04_model.ipynb #406e4697
 def create_lite_hrnet_18_fpn(
     model_config,           # the config's `model` section or a plain dict with its keys
 ) -> CaptchaKeypointNet:
     "The network that a configuration describes; `name` picks the backbone, `weights` fills it."
+    if not isinstance(model_config, Section): model_config = check_tree({'model': dict(model_config)}, 'model config').model
     settings = dict(model_config)
-    settings.setdefault('name', 'lite_hrnet_18')
-    backbone = create_backbone(settings.pop('name'), settings.pop('in_channels', 4), settings.pop('weights', None))
+    backbone = create_backbone(*[settings.pop(key) for key in ('name', 'in_channels', 'weights')])
     return CaptchaKeypointNet(backbone, **settings)
 
 # %% ../nbs/04_model.ipynb #eed56fe0
@@ -593,13 +597,14 @@ def load_model(
     "The trained network in eval mode, its run's configuration in `.config`."
     if str(path) == 'pretrained': raise UserError("weights 'pretrained': no trained weights ship with this version; name a checkpoint file")
     checkpoint = read_state_dict(path)
-    if not (isinstance(checkpoint, dict) and {'model_state_dict', 'config'} <= checkpoint.keys()):
+    config, saved = (checkpoint.get(key) if isinstance(checkpoint, dict) else None for key in ('config', 'model_state_dict'))
+    if not (isinstance(saved, dict) and isinstance(config, dict) and isinstance(config.get('model'), dict)):
         raise UserError(f'{path}: not a checkpoint of this library (it needs model_state_dict and config)')
-    model = create_lite_hrnet_18_fpn(dict(checkpoint['config']['model']) | {'weights': None})
-    saved = {re.sub(r'^(module\.|_orig_mod\.)+', '', key): value for key, value in checkpoint['model_state_dict'].items()}
+    model = create_lite_hrnet_18_fpn(check_tree({'model': config['model'] | {'weights': None}}, f'{path}: config').model)
+    saved = {re.sub(r'^(module\.|_orig_mod\.)+', '', str(key)): value for key, value in saved.items()}
     try: model.load_state_dict(saved)
     except RuntimeError as error: raise UserError(f"{path}: {' '.join(str(error).split())[:200]}") from None
-    model.config = checkpoint['config']
+    model.config = config
     return model.to(device).eval()
 
 # %% ../nbs/04_model.ipynb #8695a65d
@@ -625,6 +630,7 @@ def model_parts(
     stages = {f'stage {i + 2}': nn.ModuleList([getattr(backbone, f'transition{i}'), getattr(backbone, f'stage{i}')]) for i in range(3)}
     return {'stem': nn.ModuleList([backbone.stem])} | stages | {'neck': nn.ModuleList([model.neck]), 'heads': nn.ModuleList([model.heads])}
 
+# %% ../nbs/04_model.ipynb #6251e3d2
 @torch.no_grad()
 def model_table(
     model: CaptchaKeypointNet,
