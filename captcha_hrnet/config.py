@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['CORE_SCALARS', 'CORE_RESOLVERS', 'Text', 'Positive', 'NotNegative', 'Unit', 'BelowOne', 'Count', 'CountOrNone',
-           'BACKGROUNDS', 'SHAPES', 'GAP_STYLES', 'SLIDER_STYLES', 'CONFUSIONS', 'CAMERA_EFFECTS', 'Side', 'METRICS',
-           'Metric', 'SCHEMA', 'Overrides', 'UserError', 'ConfigLoader', 'ConfigDumper', 'parse_yaml', 'check_keys',
-           'read_mapping', 'Rule', 'Section', 'FrozenDict', 'weights_of', 'range_of', 'Factor', 'factor', 'SynthConfig',
-           'DataConfig', 'ModelConfig', 'LossConfig', 'OptimizerConfig', 'SchedConfig', 'TrainConfig', 'SecondGuard',
-           'EarlyStoppingConfig', 'EvalConfig', 'CheckpointsConfig', 'LoggingConfig', 'HardwareConfig', 'Config',
-           'schema_keys', 'nearest_key', 'error_line', 'field_errors', 'broken_rules', 'rule_line', 'check_tree',
-           'merge', 'origins_of', 'read_layers', 'parse_override', 'apply_overrides', 'load_config', 'write_atomically',
-           'save_config', 'existing_devices', 'pick_device', 'make_folder', 'ConfigManager', 'run_command', 'cli']
+           'BACKGROUNDS', 'SHAPES', 'GAP_STYLES', 'SLIDER_STYLES', 'CONFUSIONS', 'CAMERA_EFFECTS', 'LAYOUTS', 'Side',
+           'METRICS', 'Metric', 'SCHEMA', 'Overrides', 'UserError', 'ConfigLoader', 'ConfigDumper', 'parse_yaml',
+           'check_keys', 'read_mapping', 'Rule', 'Section', 'FrozenDict', 'weights_of', 'range_of', 'Factor', 'factor',
+           'SynthConfig', 'DataConfig', 'ModelConfig', 'LossConfig', 'OptimizerConfig', 'SchedConfig', 'TrainConfig',
+           'SecondGuard', 'EarlyStoppingConfig', 'EvalConfig', 'CheckpointsConfig', 'LoggingConfig', 'HardwareConfig',
+           'Config', 'schema_keys', 'nearest_key', 'error_line', 'field_errors', 'broken_rules', 'rule_line',
+           'check_tree', 'merge', 'origins_of', 'read_layers', 'parse_override', 'apply_overrides', 'load_config',
+           'write_atomically', 'save_config', 'existing_devices', 'pick_device', 'make_folder', 'ConfigManager',
+           'run_command', 'cli']
 
 # %% ../nbs/00_config.ipynb #4f8c80b2
 import difflib
@@ -187,18 +188,20 @@ Count = Annotated[int, Field(ge=1)]               # 1, 2, 3, …
 CountOrNone = Annotated[int, Field(ge=0)]         # 0 (switched off), 1, 2, …
 
 # %% ../nbs/00_config.ipynb #b1317e36
-BACKGROUNDS = ("gradient", "texture", "blobs", "cells", "text", "scene", "motif", "noise", "photo")
-SHAPES = ("jigsaw", "circle", "square", "rounded", "triangle", "polygon", "star", "blob")
+BACKGROUNDS = ("gradient", "noise", "texture", "blobs", "leaves", "cells", "text", "scene", "motif", "landscape", "blocks", "mosaic",
+               "mixture", "photo")
+SHAPES = ("jigsaw", "circle", "square", "rounded", "triangle", "polygon", "star", "blob", "heart", "cross", "flower", "drop", "notched")
 GAP_STYLES = ("dark", "light", "white", "translucent", "outlined", "inner_shadow", "outer_shadow", "blurred", "frosted",
               "desaturated", "own_texture")
-SLIDER_STYLES = ("white_border", "color_border", "shadow", "glow", "bright", "plain", "translucent")
+SLIDER_STYLES = ("plain", "white_border", "color_border", "shadow", "glow", "bright", "translucent", "bevel")
 CONFUSIONS = ("rotation", "noise", "highlight", "decoy", "hollow", "bright_edge")
 CAMERA_EFFECTS = ("jpeg", "resize", "blur", "color_shift", "sensor_noise")
+LAYOUTS = ("strip", "row_offset", "overlap")
 
 class Factor(Section):
     "Something that a sample may or may not have"
     p: Unit = 0.0                             # probability, 0 to 1
-    strength: range_of(Unit) = (0.0, 1.0)     # [low, high], each 0 (barely there) to 1 (as strong as it gets), drawn uniformly
+    strength: range_of(Unit) = (0.0, 1.0)     # [low, high], each 0 (absent) to 1 (as strong as it gets), drawn uniformly
 
 def factor(
     p: float,           # probability, 0 to 1
@@ -212,29 +215,37 @@ class SynthConfig(Section):
     "What the synthetic generator draws. A dict of weights is replaced as a whole by a file that inherits, never merged."
     width: range_of(Annotated[int, Field(ge=64, le=4096)]) = (200, 680)             # width of the picture, px
     aspect: range_of(Annotated[float, Field(ge=1, le=8)]) = (1.333, 2.5)            # width / height of the picture
-    piece_size: range_of(Annotated[float, Field(ge=0.05, le=0.5)]) = (0.22, 0.42)   # side of the piece / height of the picture
+    piece_size: range_of(Annotated[float, Field(ge=0.05, le=0.5)]) = (0.22, 0.42)   # longer side of the piece / height of the picture
+    min_visibility: Annotated[float, Field(ge=0, le=10)] = 0.8                      # a gap that can be seen less is drawn again, more strongly
+    redraws: Annotated[int, Field(ge=0, le=10)] = 3                                 # how often at most
 
-    backgrounds: weights_of(BACKGROUNDS) = {name: 0.0 if name == "photo" else 1.0 for name in BACKGROUNDS}   # family → weight
-    background_dir: Text | None = None                                           # a folder of photos for `photo`; null: the package's own
-    shapes: weights_of(SHAPES) = {name: 4.0 if name == "jigsaw" else 1.0 for name in SHAPES}                 # piece shape → weight
+    backgrounds: weights_of(BACKGROUNDS) = {name: 6.0 if name == "photo" else 1.0 for name in BACKGROUNDS}   # family → weight
+    background_dir: Text | None = None    # a folder of photographs for `photo`; null: `photo` is left out
+    shapes: weights_of(SHAPES) = {name: 6.0 if name == "jigsaw" else 1.0 for name in SHAPES}                 # piece shape → weight
     gap_styles: weights_of(GAP_STYLES) = dict.fromkeys(GAP_STYLES, 1.0)             # how the gap is drawn → weight
     slider_styles: weights_of(SLIDER_STYLES) = dict.fromkeys(SLIDER_STYLES, 1.0)    # how the slider piece is drawn → weight
     slider_start: Literal["left", "anywhere", "mixed"] = "mixed"                    # where the slider piece waits
-    strip: Factor = factor(0.15)          # the slider piece waits on a strip of its own beside the picture
-    row_offset: Factor = factor(0.15)     # the slider piece stands on another row than the gap
+    strip: Factor = factor(0.1)           # the slider piece waits on a strip of its own beside the picture
+    row_offset: Factor = factor(0.1)      # the slider piece stands on another row than the gap
+    overlap: Factor = factor(0.05)        # the slider piece touches the gap or covers a part of it
 
-    rotation: Factor = factor(0.15)       # confusion: the gap is rotated about its centre
-    noise: Factor = factor(0.2)           # confusion: Perlin noise over the picture
-    highlight: Factor = factor(0.15)      # confusion: a bright patch
+    rotation: Factor = factor(0.2)        # confusion: the gap is turned about its centre, up to 45°
+    noise: Factor = factor(0.15)          # confusion: Perlin noise over the picture, or in the gap
+    highlight: Factor = factor(0.12)      # confusion: a light on the gap
     decoy: Factor = factor(0.3)           # confusion: further gaps that are not the answer
     hollow: Factor = factor(0.1)          # confusion: the gap's middle shows the picture again
-    bright_edge: Factor = factor(0.15)    # confusion: a bright line along the gap's edge
+    bright_edge: Factor = factor(0.12)    # confusion: a bright line along the gap's edge
 
     jpeg: Factor = factor(0.4)            # camera: compression
-    resize: Factor = factor(0.3)          # camera: scaled down and up again
-    blur: Factor = factor(0.2)            # camera: out of focus
-    color_shift: Factor = factor(0.3)     # camera: brightness, contrast, hue
-    sensor_noise: Factor = factor(0.2)    # camera: grain
+    resize: Factor = factor(0.35)         # camera: scaled up or down
+    blur: Factor = factor(0.15)           # camera: out of focus
+    color_shift: Factor = factor(0.25)    # camera: brightness, contrast, colours
+    sensor_noise: Factor = factor(0.15)   # camera: grain
+
+    rules = (Rule(("backgrounds", "background_dir"), lambda synth: synth.background_dir or any(weight for name, weight in
+                  synth.backgrounds.items() if name != "photo"), "must give a family besides photo a weight, as there is no background_dir"),
+             Rule(("background_dir", "backgrounds"), lambda synth: not synth.background_dir or synth.backgrounds.get("photo", 0) > 0,
+                  "must be null, or backgrounds must give photo a weight"))
 
 # %% ../nbs/00_config.ipynb #d0706c82
 Side = Annotated[int, Field(ge=64, le=4096, multiple_of=32)]   # px; the network's deepest branch has stride 32

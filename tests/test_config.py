@@ -19,6 +19,7 @@ from captcha_hrnet import config as module
 from captcha_hrnet.config import (
     CAMERA_EFFECTS,
     CONFUSIONS,
+    LAYOUTS,
     METRICS,
     SCHEMA,
     Config,
@@ -196,7 +197,7 @@ def test_every_metric_selects_and_guards_in_its_own_direction():
 
 
 def test_factors_are_sections():
-    assert all(SCHEMA["synth", name].__name__ == "Factor" for name in (*CONFUSIONS, *CAMERA_EFFECTS, "strip", "row_offset"))
+    assert all(SCHEMA["synth", name].__name__ == "Factor" for name in (*CONFUSIONS, *CAMERA_EFFECTS, *LAYOUTS))
 
 
 # ── files ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -280,7 +281,7 @@ def test_overrides(assignment, path, value):
 
 def test_overrides_of_parts_keep_the_rest_and_the_last_one_wins():
     config = Config().override("synth.shapes.star=9", "train={batch_size: 3}", "train.batch_size=5")
-    assert config.synth.shapes["jigsaw"] == 4 and config.synth.shapes["star"] == 9
+    assert config.synth.shapes["jigsaw"] == 6 and config.synth.shapes["star"] == 9
     assert config.train.amp == "bf16" and config.train.batch_size == 5
     assert load_config(DEFAULT_FILE, "seed=4").seed == 4 and load_config(DEFAULT_FILE, None) == Config()
 
