@@ -289,7 +289,7 @@ def backbone_tensors(
     saved: dict,  # a state dict, or a checkpoint that holds one
 ) -> dict[str, Tensor]:
     "The backbone's part of a state dict, float32, under bare names; heads are left out."
-    for key in ('state_dict', 'model_state_dict'):
+    for key in ('state_dict', 'ema_state_dict', 'model_state_dict'):
         if isinstance(saved, dict) and isinstance(saved.get(key), dict): saved = saved[key]
     if not isinstance(saved, dict): raise UserError(f'weights: expected a dict of tensors, got {type(saved).__name__}')
     saved = {key: value for key, value in saved.items() if isinstance(value, Tensor)}
@@ -594,10 +594,11 @@ def load_model(
     path: str | Path,  # a checkpoint that training wrote
     device='cpu',      # where the model goes
 ) -> CaptchaKeypointNet:
-    "The trained network in eval mode, its run's configuration in `.config`."
+    "The trained network (its averaged weights, where the checkpoint has them) in eval mode, its run's configuration in `.config`."
     if str(path) == 'pretrained': raise UserError("weights 'pretrained': no trained weights ship with this version; name a checkpoint file")
     checkpoint = read_state_dict(path)
-    config, saved = (checkpoint.get(key) if isinstance(checkpoint, dict) else None for key in ('config', 'model_state_dict'))
+    checkpoint = checkpoint if isinstance(checkpoint, dict) else {}
+    config, saved = checkpoint.get('config'), checkpoint.get('ema_state_dict', checkpoint.get('model_state_dict'))
     if not (isinstance(saved, dict) and isinstance(config, dict) and isinstance(config.get('model'), dict)):
         raise UserError(f'{path}: not a checkpoint of this library (it needs model_state_dict and config)')
     model = create_lite_hrnet_18_fpn(check_tree({'model': config['model'] | {'weights': None}}, f'{path}: config').model)
