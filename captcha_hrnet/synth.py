@@ -1394,13 +1394,13 @@ def browse(
     config = config or SynthConfig()
     controls = {"index": widgets.IntSlider(0, 0, 999, description="index"), "seed": widgets.IntSlider(seed, 0, 99, description="seed")}
     controls |= {name: widgets.SelectionSlider(options=["as drawn"] + [k / 10 for k in range(11)], description=name) for name in FACTORS}
-    picture, caption = widgets.Image(format="png"), widgets.Label()
+    picture, caption = widgets.Image(format="jpeg"), widgets.Label()
     box = widgets.HBox([widgets.VBox(list(controls.values())), widgets.VBox([picture, caption])])
 
     def update(change=None):
         fixed = {name: type(config.jpeg)(p=1.0, strength=(c.value, c.value)) for name, c in controls.items() if name in FACTORS and c.value != "as drawn"}
         sample = CaptchaSynth(config.model_copy(update=fixed), controls["seed"].value).draw(controls["index"].value)
-        picture.value = cv2.imencode(".png", draw_labels(sample)[..., ::-1])[1].tobytes()
+        picture.value = cv2.imencode(".jpg", draw_labels(sample)[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 90])[1].tobytes()
         flags = " ".join(name[4:] for name, value in sample.flags.items() if value)
         caption.value = f"gap ({sample.gap[0]:.2f}, {sample.gap[1]:.2f}), visibility {sample.visibility:.2f}: {sample.shape}, {flags}"
         box.sample = sample
