@@ -152,14 +152,18 @@ def coverage(
     outline: np.ndarray, # [N, 2] px, corner origin
     size: tuple,         # (height, width) of the mask, px
 ) -> np.ndarray:         # float32 [height, width], 0..1
-    "The part of each pixel that a polygon covers, from a small mask drawn at four times the size."
-    scale = 4
-    mask = np.zeros((size[0] * scale, size[1] * scale), np.uint8)
-    points = [to_cv2(outline, scale)]
-    cv2.fillPoly(mask, points, 255, cv2.LINE_8, 6)
-    cv2.polylines(mask, points, True, 128, 1, cv2.LINE_8, 6)   # fillPoly paints border pixels whole
-    while len(mask) > size[0]: mask = cv2.resize(mask, (mask.shape[1] // 2, len(mask) // 2), interpolation=cv2.INTER_AREA)
-    return mask.astype(np.float32) * np.float32(1 / 255)
+    "The part of each pixel that a polygon covers, from a mask drawn at 8 or 16 times the size."
+    whole = np.zeros(size, np.float32)
+    (left, top), (right, bottom) = outline.min(0).tolist(), outline.max(0).tolist()
+    x, y = max(int(left), 0), max(int(top), 0)
+    w, h = min(int(right) + 1, size[1]) - x, min(int(bottom) + 1, size[0]) - y
+    if w <= 0 or h <= 0: return whole
+    scales = (8, 4, 2, 1) if max(w, h) <= 48 else (4, 2, 1)
+    mask = np.zeros((h * scales[0] * 2, w * scales[0] * 2), np.uint8)
+    cv2.fillPoly(mask, [to_cv2(outline - (x, y), scales[0] * 2)], 255, cv2.LINE_8, 6)
+    for scale in scales: mask = cv2.resize(mask, (w * scale, h * scale), interpolation=cv2.INTER_AREA)
+    whole[y:y + h, x:x + w] = mask * np.float32(1 / 255)
+    return whole
 
 # %% ../nbs/02_synth.ipynb #fc513d58
 SHAPES = {}   # name -> function(rng) -> outline [N, 2]
@@ -1168,7 +1172,7 @@ def colour_shifted(image, strength, rng):
     fade = strength * rng.uniform(-0.8, 1.0)
     matrix = (1 - fade) * np.eye(3) + fade * grey + strength * rng.normal(0, 0.08, (3, 3))
     gain, lift = 1 + strength * rng.uniform(-0.3, 0.3), strength * rng.uniform(-30, 30, (3, 1))
-    return cv2.transform(image, np.hstack([gain * matrix, lift + 8 * strength * (1 if chance(rng, 0.5) else -1)]))
+    return cv2.transform(image, np.hstack([gain * matrix, lift + (2 + 8 * strength) * (1 if chance(rng, 0.5) else -1)]))
 
 def noisy(image, strength, rng):
     "Grain: grey or coloured, fine or coarse."
