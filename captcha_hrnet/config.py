@@ -260,6 +260,7 @@ class DataConfig(Section):
     val_samples: Count = 2000                     # samples (synthetic)
     on_bad_sample: Literal["raise", "skip"] = "raise"   # skip: leave out, and list in rejected.jsonl
     max_decoys: CountOrNone = 4                   # decoy gaps that a sample carries; further ones are dropped
+    cache: Text | None = None                     # folder for samples as the network takes them, packed; null: none
     rules = (Rule(("root", "source"), lambda data: data.source != "directory" or data.root, "must name the data folder"),)
 
 class ModelConfig(Section):
