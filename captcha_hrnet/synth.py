@@ -38,7 +38,8 @@ import numpy as np
 from tqdm import tqdm
 
 # %% ../nbs/02_synth.ipynb #7baad877
-from .config import CAMERA_EFFECTS, CONFUSIONS, LAYOUTS, Config, Overrides, SynthConfig, UserError, cli, load_config, write_atomically
+from .config import CAMERA_EFFECTS, CONFUSIONS, LAYOUTS, Config, Factor, Overrides, SynthConfig, UserError
+from .config import cli, load_config, write_atomically
 
 # %% ../nbs/02_synth.ipynb #514e42b5
 SPLITS = {"train": 0, "val": 1}
@@ -125,7 +126,7 @@ def spaced(
     "Points at equal distances along a closed polygon; corners between them are cut."
     z = outline[:, 0] + 1j * outline[:, 1]
     closed = np.concatenate([z, z[:1]])
-    travelled = np.concatenate([[0.0], np.cumsum(np.abs(np.diff(closed)))])
+    travelled = np.concatenate([[0.0], np.cumsum(np.abs(closed[1:] - closed[:-1]))])
     return np.interp(np.arange(count) * (travelled[-1] / count), travelled, closed), travelled[-1]
 
 def smoothed(
@@ -226,7 +227,8 @@ def jigsaw_outline(
 ) -> np.ndarray:
     "A square with a knob on its sides."
     x, y = knob[:, 0] - 0.5, knob[:, 1]
-    z = np.concatenate([np.append(-0.5 - 0.5j, (x + (y * side - 0.5) * 1j) if side else ()) * 1j ** quarter for quarter, side in enumerate(sides)])
+    edges = [np.append(-0.5 - 0.5j, x + (y * side - 0.5) * 1j if side else ()) for side in sides]
+    z = np.concatenate([edge * 1j ** quarter for quarter, edge in enumerate(edges)])
     return np.array([z.real, z.imag]).T
 
 # %% ../nbs/02_synth.ipynb #7cd70834
@@ -335,11 +337,13 @@ def palette(
     count: int,               # colours
 ) -> np.ndarray:              # float32 [count, 3] RGB, 0..255
     "Colours that go together: of one hue, of neighbouring hues, or of all; grey to garish, dark to bright."
-    u = rng.random((count, 3))
-    hue, saturation, dark, bright = rng.random(), rng.random(), rng.uniform(0, 0.5), rng.uniform(0.5, 1)
-    spread = (0.05, 0.2, 1.0)[int(rng.integers(3))]
-    hsv = np.stack([(hue + spread * (u[:, 0] - 0.5)) % 1 * 360, saturation * np.sqrt(u[:, 1]), dark + (bright - dark) * u[:, 2]], 1)
-    return cv2.cvtColor(hsv.astype(np.float32)[:, None], cv2.COLOR_HSV2RGB)[:, 0] * 255
+    hue, saturation, dark, bright, width = rng.random(5).tolist()
+    u, dark, bright, spread = rng.random((count, 1, 3)), dark / 2, 0.5 + bright / 2, (0.05, 0.2, 1.0)[int(3 * width)]
+    hsv = np.empty((count, 1, 3), np.float32)
+    hsv[..., 0] = (hue + spread * (u[..., 0] - 0.5)) % 1 * 360
+    hsv[..., 1] = saturation * np.sqrt(u[..., 1])
+    hsv[..., 2] = dark + (bright - dark) * u[..., 2]
+    return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)[:, 0] * 255
 
 def colourised(
     field: np.ndarray,        # uint8 [h, w]
@@ -397,7 +401,8 @@ def gradient(rng, height, width):
     "Colours blended between a few points, or around one."
     if chance(rng, 0.6):
         side = 2 if chance(rng, 0.7) else 3
-        return cv2.resize(palette(rng, side * side).reshape(side, side, 3).astype(np.uint8), (width, height), interpolation=cv2.INTER_LINEAR)
+        grid = palette(rng, side * side).reshape(side, side, 3).astype(np.uint8)
+        return cv2.resize(grid, (width, height), interpolation=cv2.INTER_LINEAR)
     u, v = plane(rng, height, width, rng.uniform(0.5, 1.5) * width)
     away = cv2.magnitude(u - u.mean() + np.float32(rng.uniform(-0.3, 0.3)), (v - v.mean()) * np.float32(rng.uniform(0.2, 1.5)))
     return colourised(cv2.convertScaleAbs(away, None, 320), rng, int(rng.integers(2, 5)))
@@ -415,7 +420,9 @@ def texture(rng, height, width):
     kind = ("stripes", "waves", "rings", "checks", "dots")[int(rng.integers(5))]
     u, v = plane(rng, height, width, rng.uniform(0.04, 0.4) * height)
     if kind == "rings": u = cv2.magnitude(u - u.mean(), v - v.mean())
-    if kind in ("waves", "rings"): u = cv2.scaleAdd(fractal_noise(rng, height, width, 0.5, 0.5, 2).astype(np.float32), rng.uniform(0.002, 0.02), u)
+    if kind in ("waves", "rings"):
+        warp = fractal_noise(rng, height, width, 0.5, 0.5, 2).astype(np.float32)
+        u = cv2.scaleAdd(warp, rng.uniform(0.002, 0.02), u)
     saw = np.abs(2 * (u - np.floor(u)) - 1)
     if kind in ("checks", "dots"):
         across = np.abs(2 * (v - np.floor(v)) - 1)
@@ -440,7 +447,8 @@ def blobs(rng, height, width):
     "Discs on a gradient, sharp or out of focus."
     picture = gradient(rng, height, width)
     count = int(rng.integers(6, 30))
-    for place, tint, size in zip(to_cv2(random_points(rng, count, height, width)), palette(rng, count).tolist(), rng.uniform(0.03, 0.3, count)):
+    places, tints, sizes = to_cv2(random_points(rng, count, height, width)), palette(rng, count).tolist(), rng.uniform(0.03, 0.3, count)
+    for place, tint, size in zip(places, tints, sizes):
         cv2.circle(picture, place.tolist(), int(size * height * 64), tint, -1, cv2.LINE_AA, 6)
     return cv2.blur(picture, (int(height * rng.uniform(0.02, 0.12)) + 1,) * 2) if chance(rng, 0.5) else picture
 
@@ -482,7 +490,8 @@ def text(rng, height, width):
     while y < height:
         y += 32 * size * rng.uniform(0.9, 1.6)
         line = "".join(letters[k] for k in rng.integers(len(letters), size=int(rng.integers(4, 40))))
-        cv2.putText(picture, line, (int(rng.uniform(-0.2, 0.4) * width), int(y)), font, size, tints[int(rng.integers(3))], int(rng.integers(1, 4)), cv2.LINE_AA)
+        start, tint, thick = (int(rng.uniform(-0.2, 0.4) * width), int(y)), tints[int(rng.integers(3))], int(rng.integers(1, 4))
+        cv2.putText(picture, line, start, font, size, tint, thick, cv2.LINE_AA)
     return picture
 
 @register(BACKGROUNDS)
@@ -1027,7 +1036,7 @@ def picture_sizes(
     "The size of the finished picture, and that of the drawing: smaller or larger where the picture gets scaled."
     width, aspect, direction = rng.uniform(*config.width), rng.uniform(*config.aspect), rng.random()
     size = round(width), max(32, round(width / aspect))
-    scale = 2 ** (0.7 * resize * (1 if direction < 0.5 else -1)) if resize else 1
+    scale = 2 ** ((0.05 + 0.65 * resize) * (1 if direction < 0.5 else -1)) if resize else 1
     return size, tuple(max(32, round(s * scale)) for s in size)
 
 def lay_out_scene(
@@ -1078,9 +1087,10 @@ def place_pieces(
 ) -> None:
     "Where the gap and the slider are."
     x0, y0, x1, y1 = plan.scene
-    half = np.abs(np.concatenate([plan.outline, rotated(plan.outline, plan.angle)])).max(0) + 0.5     # px that either needs
+    turned = rotated(plan.outline, plan.angle)
+    half = np.maximum(plan.outline.max(0), np.maximum(turned.max(0), -turned.min(0))) + 0.5           # px that either needs
     low, high = np.array([x0, y0]) + half, np.maximum(np.array([x0, y0]) + half, np.array([x1, y1]) - half)
-    u = rng.random(8)
+    u = rng.random(8).tolist()
     gap_y = slider_y = low[1] + u[0] * (high[1] - low[1])
     left = config.slider_start == "left" or (config.slider_start == "mixed" and u[1] < 0.6)
     end = min(max(low[0], x0 + (x1 - x0) / 3), high[0]) if left else high[0]
@@ -1115,7 +1125,7 @@ def decoy_outline(
     if kind == "other": outline = make_outline(choose(dict.fromkeys(SHAPES, 1.0), rng), rng) * np.ptp(outline, axis=0).max()
     if kind in ("turned", "both"): outline = rotated(outline, rng.uniform(12, 60) * rng.choice([-1, 1]))
     scale = rng.uniform(0.65, 0.85) if chance(rng, 0.6) else rng.uniform(1.15, 1.35)
-    if kind in ("scaled", "both") or likeness(outline, plan.outline) > 0.9: outline = outline * scale
+    if kind in ("scaled", "both") or plan.angle or likeness(outline, plan.outline) > 0.9: outline = outline * scale
     return outline
 
 def add_decoys(
@@ -1292,7 +1302,7 @@ class CaptchaSynth:
         if config.background_dir:
             self.photos = PhotoFolder(config.background_dir, split)
             self.backgrounds["photo"] = config.backgrounds.get("photo", 0.0)
-        if not any(self.backgrounds.values()): raise UserError("synth.backgrounds: only photo has a weight: synth.background_dir must name a folder")
+        if not any(self.backgrounds.values()): raise UserError("synth.background_dir: must name a folder, as only photo has a weight")
 
     def draw(self,
         index: int, # >= 0
@@ -1371,7 +1381,8 @@ def contact_sheet(
         scale = min(cell[0] / width, cell[1] / height)
         small = cv2.resize(sample.image, (int(width * scale), int(height * scale)), interpolation=cv2.INTER_AREA)
         dots = [(sample.gap, (0, 255, 0)), (sample.slider, (255, 0, 0))] + [(decoy, (60, 60, 255)) for decoy in sample.decoys]
-        for point, tint in dots if marks else []: cv2.circle(small, to_cv2(np.array(point) * scale).tolist(), 3 * 64, tint, -1, cv2.LINE_AA, 6)
+        for point, tint in dots if marks else []:
+            cv2.circle(small, to_cv2(np.array(point) * scale).tolist(), 3 * 64, tint, -1, cv2.LINE_AA, 6)
         y, x = k // columns * (cell[1] + 4), k % columns * (cell[0] + 4)
         sheet[y:y + small.shape[0], x:x + small.shape[1]] = small
     return sheet
@@ -1402,7 +1413,8 @@ def browse(
     box = widgets.HBox([widgets.VBox(list(controls.values())), widgets.VBox([picture, caption])])
 
     def update(change=None):
-        fixed = {name: type(config.jpeg)(p=1.0, strength=(c.value, c.value)) for name, c in controls.items() if name in FACTORS and c.value != "as drawn"}
+        wanted = {name: controls[name].value for name in FACTORS if controls[name].value != "as drawn"}
+        fixed = {name: Factor(p=1.0, strength=(value, value)) for name, value in wanted.items()}
         sample = CaptchaSynth(config.model_copy(update=fixed), controls["seed"].value).draw(controls["index"].value)
         picture.value = cv2.imencode(".jpg", draw_labels(sample)[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 90])[1].tobytes()
         flags = " ".join(name[4:] for name, value in sample.flags.items() if value)
@@ -1511,7 +1523,7 @@ def claim_folder(
     except ValueError: raise UserError(f"{file}: cannot be read as JSON: name another folder") from None
     differing = [key for key in ("format", "seed", "photos") if found.get(key) != settings[key]]
     differing += [f"synth.{key}" for key in synth if found.get("synth", {}).get(key) != synth[key]]
-    if differing: raise UserError(f"{out}: holds a data set with other settings ({', '.join(differing)}): use the same, or name another folder")
+    if differing: raise UserError(f"{out}: holds a data set with other settings ({', '.join(differing)}): name another folder")
 
 # %% ../nbs/02_synth.ipynb #56d192c2
 def default_workers() -> int:
@@ -1535,7 +1547,7 @@ def run_jobs(
     try:
         for done in pool.map(run_chunk, *zip(*jobs)): bar.update(done)
     except BrokenProcessPool:
-        raise UserError("a worker process died (out of memory?): the same command again goes on where this stopped; fewer --workers need less") from None
+        raise UserError("a worker process died (out of memory?): start again, with fewer --workers, to go on where this stopped") from None
     finally: pool.shutdown(cancel_futures=True)
 
 # %% ../nbs/02_synth.ipynb #1519e080
@@ -1562,7 +1574,8 @@ def write_dataset(
         for torn in folder.glob("*/.*.tmp"): torn.unlink()       # left by a process that was killed
         jobs += [(split, folder, *chunk) for chunk in missing]
     total, todo = sum(stop - start for part in chunks.values() for start, stop in part), sum(stop - start for *_, start, stop in jobs)
-    with tqdm(total=total, initial=total - todo, unit=" samples", disable=None) as bar: run_jobs(jobs, config, seed, workers or default_workers(), bar)
+    with tqdm(total=total, initial=total - todo, unit=" samples", disable=None) as bar:
+        run_jobs(jobs, config, seed, workers or default_workers(), bar)
     for split in counts: close_split(out / split, chunks[split])
 
 # %% ../nbs/02_synth.ipynb #61bb9a12
@@ -1589,7 +1602,9 @@ def main(
 ):
     "Write a synthetic data set; the same command again goes on with one that was interrupted."
     if config and preset: raise UserError("--config and --preset: give one of them")
-    overrides = [*(set or ())] + ([f"synth.background_dir={json.dumps(backgrounds)}"] if backgrounds else []) + ([f"seed={seed}"] if seed is not None else [])
+    overrides = [*(set or ())]
+    if backgrounds: overrides.append(f"synth.background_dir={json.dumps(backgrounds)}")
+    if seed is not None: overrides.append(f"seed={seed}")
     run = load_config(find_preset(preset) if preset else config, overrides) if config or preset else Config().override(*overrides)
     write_dataset(run.synth, run.seed, out, train, val, workers)
     print(f"{out}: {train} training and {val} validation samples")
