@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'learning_rate', 'parameter_groups', 'make_ema', 'Meter', 'CheckpointError', 'save_checkpoint',
            'load_checkpoint', 'newest_checkpoint', 'random_state', 'set_random_state', 'seed_everything', 'to_device',
-           'windows', 'TrainingEngine', 'NonFiniteError', 'train_epoch', 'state_dict', 'load_state_dict']
+           'windows', 'TrainingEngine', 'NonFiniteError', 'train_epoch', 'should_stop', 'state_dict', 'load_state_dict']
 
 # %% ../nbs/06_engine.ipynb #a735b3dc
 import io, itertools, logging, math, random, time, zipfile
@@ -55,11 +55,13 @@ def make_ema(
     decay: float,     # in [0, 1): the horizon is 1 / (1 - decay) optimiser steps
 ) -> AveragedModel:   # `.module` is the averaged model; `.update_parameters(model)` after each optimiser step
     "Exponential moving average of parameters and buffers, its decay warmed up."
-    def average(averaged, current, count):
-        now = min(decay, (1 + count.item()) / (10 + count.item()))
+    def average(averaged, current, _):
+        count = ema.n_averaged.item()   # it lives on the CPU; the third argument is a copy on the device, which one would have to wait for
+        now = min(decay, (1 + count) / (10 + count))
         if averaged[0].is_floating_point(): torch._foreach_lerp_(averaged, current, 1 - now)
         else: torch._foreach_copy_(averaged, current)
-    return AveragedModel(model, multi_avg_fn=average, use_buffers=True).eval()
+    ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True).eval()
+    return ema
 
 # %% ../nbs/06_engine.ipynb #fed26d1c
 class Meter:
@@ -122,12 +124,18 @@ def newest_checkpoint(
     folder,            # checkpoints/<version>
 ) -> Path | None:      # None if there is none at all
     "The newest whole checkpoint of a run; damaged ones are named in the log and passed over."
-    found = [p for p in [Path(folder)/'last.pth', *sorted(Path(folder).glob('epoch_*.pth'), reverse=True)] if p.exists()]
-    for path in found:
-        try: load_checkpoint(path)
-        except CheckpointError as error: log.warning('%s; trying an older one', error)
-        else: return path
-    if found: raise CheckpointError(f'{folder}: none of its {len(found)} checkpoints is whole')
+    last, others = Path(folder)/'last.pth', [*Path(folder).glob('epoch_*.pth'), *Path(folder).glob('best_model.pth')]
+    if place := _place_of(last): return last
+    places = {path: place for path in sorted(others) if (place := _place_of(path))}
+    if places: return max(places, key=places.get)
+    if last.exists() or others: raise CheckpointError(f'{folder}: none of its {last.exists() + len(others)} checkpoints is whole')
+
+def _place_of(path) -> tuple | None:  # epoch and batch where the checkpoint goes on; None if it is missing or damaged
+    try: state = load_checkpoint(path)
+    except CheckpointError as error:
+        if path.exists(): log.warning('%s; trying an older one', error)
+        return None
+    return state.get('epoch', 0), state.get('epoch_step', 0)
 
 # %% ../nbs/06_engine.ipynb #7ecd1078
 def random_state() -> dict:
@@ -204,16 +212,24 @@ def _train_window(self: TrainingEngine, window):
     "One optimiser step over a window of batches."
     torch._foreach_copy_(self.buffers_before, list(self.model.buffers()))
     self.optimizer.zero_grad(set_to_none=True)
-    parts = [self._batch(batch, 1/len(window), last=i == len(window) - 1) for i, batch in enumerate(window)]
+    counts = [len(batch['index']) for batch in window]
+    parts = [self._batch(batch, count/sum(counts), last=batch is window[-1]) for batch, count in zip(window, counts)]
     self.scaler.unscale_(self.optimizer)
     norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip_grad_norm or math.inf)
-    if not torch.isfinite(norm + sum(p['loss'] for p in parts)): return self._drop(window)   # the one read of a step
+    if self._any_process(~torch.isfinite(norm + sum(p['loss'] for p in parts))): return self._drop(window)   # the one read of a step
     for group in self.optimizer.param_groups:
         group['lr'] = learning_rate(self.step, self.steps_per_epoch, self.config.sched, self.config.optimizer.lr)
     self.scaler.step(self.optimizer); self.scaler.update()
     self.ema.update_parameters(self.model)
     self.step += 1; self.dropped_in_a_row = 0
     for p in parts: self.meter.add({**p, 'grad_norm': norm})
+
+def _any_process(self: TrainingEngine, flag) -> bool:
+    "Whether it holds on any process: what all must do alike is decided together."
+    if not dist.is_initialized(): return bool(flag)
+    flag = torch.as_tensor(flag, dtype=torch.float, device=self.device)
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
 
 def _drop(self: TrainingEngine, window):
     "Leave no trace of a step whose loss or gradient is not finite; too many in a row end the run."
@@ -230,23 +246,19 @@ def _drop(self: TrainingEngine, window):
 class NonFiniteError(UserError):
     "Training gave no finite loss for too many steps in a row."
 
-TrainingEngine._batch, TrainingEngine._train_window, TrainingEngine._drop = _batch, _train_window, _drop
+for method in (_batch, _train_window, _any_process, _drop): setattr(TrainingEngine, method.__name__, method)
 
 # %% ../nbs/06_engine.ipynb #c73e757f
 def train_epoch(self: TrainingEngine,
-    loader,          # gives batches; its `batch_sampler` is set to this epoch if it can be
+    loader,          # gives batches; its `batch_sampler` is set to this epoch and batch if it can be
     epoch: int,      # from 0
 ) -> dict:           # means of loss and its parts, gap_mae, slider_mae (original px), grad_norm; lr, images_per_second, data_wait, dropped, stopped
     "Train one epoch, or the rest of one that was stopped."
-    first = self.epoch_step if epoch == self.epoch else 0
-    if not first: self.meter = Meter()
-    self.epoch, self.epoch_step = epoch, first
-    sampler, size = loader.batch_sampler, self.config.train.accumulate
-    sampler.set_position(epoch, first)
-    self.steps_per_epoch = math.ceil(len(sampler)/size)
-    self.model.train()
+    batches, size = len(loader), self.config.train.accumulate
+    self._begin(loader.batch_sampler, epoch, batches)
+    self.steps_per_epoch = math.ceil(batches/size)
     start, waited, images, mark = time.perf_counter(), 0., 0, time.perf_counter()
-    bar = tqdm(total=len(sampler), initial=first, desc=f'epoch {epoch}', unit='batch', disable=None, leave=False)
+    bar = tqdm(total=batches, initial=self.epoch_step, desc=f'epoch {epoch}', unit='batch', disable=None, leave=False)
     for window in windows(loader, size):
         waited += time.perf_counter() - mark
         self._train_window(window)
@@ -255,27 +267,33 @@ def train_epoch(self: TrainingEngine,
         images += sum(len(batch['index']) for batch in window)
         bar.update(len(window))
         if self.step % self.config.train.log_every == 0: self._log(bar)
-        if self._should_stop(): break
+        if self.should_stop(): break
         mark = time.perf_counter()
     bar.close()
     elapsed = max(time.perf_counter() - start, 1e-9)
-    return dict(self.meter.means(), lr=self.optimizer.param_groups[0]['lr'], images_per_second=images/elapsed, data_wait=waited/elapsed,
-                dropped=self.dropped, stopped=self.epoch_step < len(sampler))
+    processes = dist.get_world_size() if dist.is_initialized() else 1
+    return dict(self.meter.means(), lr=self.optimizer.param_groups[0]['lr'], images_per_second=processes*images/elapsed, data_wait=waited/elapsed,
+                dropped=self.dropped, stopped=self.epoch_step < batches)
+
+def _begin(self: TrainingEngine, sampler, epoch, batches):
+    "Take up the epoch that was stopped where it was stopped; start any other."
+    resume = epoch == self.epoch and self.epoch_step < batches and hasattr(sampler, 'set_position')
+    self.epoch, self.epoch_step = epoch, self.epoch_step if resume else 0
+    if hasattr(sampler, 'set_position'): sampler.set_position(epoch, self.epoch_step)
+    if not self.epoch_step: self.meter = Meter()
+    self.model.train()
 
 def _log(self: TrainingEngine, bar):
     means = self.meter.means()
     if 'loss' in means: bar.set_postfix(loss=f"{means['loss']:.3f}", gap_mae=f"{means['gap_mae']:.1f}px")
     if self.on_log and means: self.on_log(self.step, dict(means, lr=self.optimizer.param_groups[0]['lr']))
 
-def _should_stop(self: TrainingEngine) -> bool:
-    "One decision for all processes."
-    if not dist.is_initialized(): return self.stop_requested
-    flag = torch.tensor(float(self.stop_requested), device=self.device)
-    dist.all_reduce(flag, dist.ReduceOp.MAX)
-    self.stop_requested = bool(flag.item())
+def should_stop(self: TrainingEngine) -> bool:
+    "Whether any process was asked to stop; all have to ask this together."
+    self.stop_requested = self._any_process(self.stop_requested)
     return self.stop_requested
 
-TrainingEngine.train_epoch, TrainingEngine._log, TrainingEngine._should_stop = train_epoch, _log, _should_stop
+for method in (train_epoch, _begin, _log, should_stop): setattr(TrainingEngine, method.__name__, method)
 
 # %% ../nbs/06_engine.ipynb #0da5e23f
 def state_dict(self: TrainingEngine) -> dict:
@@ -286,18 +304,26 @@ def state_dict(self: TrainingEngine) -> dict:
                 scaler_state_dict=self.scaler.state_dict(), meter=self.meter.state_dict(), random=random_state(), config=self.config.to_dict())
 
 def load_state_dict(self: TrainingEngine, state: dict):
-    "Go on from `state_dict`; another model's state is a `CheckpointError`."
-    theirs, ours = state.get('config', {}).get('model', {}), self.config.to_dict()['model']
-    changed = [f'model.{key}: {theirs.get(key)} there, {value} here' for key, value in ours.items() if key in theirs and key != 'weights' and theirs[key] != value]
-    try: self.model.load_state_dict(state['model_state_dict'])
-    except RuntimeError: raise CheckpointError(f"the checkpoint is another model's ({'; '.join(changed) or 'other layers'})") from None
+    "Go on from `state_dict`; another model's state is a `CheckpointError`. Settings are those of the configuration, changed or not."
+    settings = [{key: value for key, value in group.items() if key != 'params'} for group in self.optimizer.param_groups]
     try:
+        self._load_model(state)
         self.ema.module.load_state_dict(state['ema_state_dict']); self.ema.n_averaged.fill_(state['ema_steps'])
         self.optimizer.load_state_dict(state['optimizer_state_dict']); self.scaler.load_state_dict(state['scaler_state_dict'])
+        for group, own in zip(self.optimizer.param_groups, settings): group.update(own)
         self.meter.load_state_dict(state['meter'], self.device)
         self.epoch, self.epoch_step, self.step, self.dropped = (state[key] for key in ('epoch', 'epoch_step', 'step', 'dropped'))
         self.steps_per_epoch = state['scheduler_state_dict']['steps_per_epoch']
         set_random_state(state['random'])
-    except (KeyError, ValueError, RuntimeError) as error: raise CheckpointError(f'the checkpoint cannot be resumed from ({error})') from None
+    except CheckpointError: raise
+    except KeyError as error: raise CheckpointError(f'the checkpoint cannot be resumed from (no {error.args[0]} in it)') from None
+    except (TypeError, AttributeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f'the checkpoint cannot be resumed from ({" ".join(str(error).split())[:200]})') from None
 
-TrainingEngine.state_dict, TrainingEngine.load_state_dict = state_dict, load_state_dict
+def _load_model(self: TrainingEngine, state):
+    theirs, ours = state['config']['model'], self.config.to_dict()['model']
+    changed = [f'model.{key}: {theirs.get(key)} there, {value} here' for key, value in ours.items() if key in theirs and key != 'weights' and theirs[key] != value]
+    try: self.model.load_state_dict(state['model_state_dict'])
+    except RuntimeError: raise CheckpointError(f"the checkpoint is another model's ({'; '.join(changed) or 'other layers'})") from None
+
+for method in (state_dict, load_state_dict, _load_model): setattr(TrainingEngine, method.__name__, method)

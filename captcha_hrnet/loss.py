@@ -26,9 +26,9 @@ def focal_loss(
 ) -> Tensor:             # scalar, mean over the pictures
     "Penalty-reduced focal loss (CenterNet, eq. 1) from logits, in float32 under any autocast."
     with torch.autocast(logits.device.type, enabled=False):
-        logits, positive = bounded(logits), heat == 1
-        p = logits.sigmoid()
-        loss = torch.where(positive, -(1 - p)**alpha * F.logsigmoid(logits), -(1 - heat)**beta * p**alpha * F.logsigmoid(-logits))
+        logits = bounded(logits)
+        log_p, log_q = F.logsigmoid(logits), F.logsigmoid(-logits)   # log p, log(1 - p)
+        loss = torch.where(heat == 1, -torch.exp(alpha*log_q)*log_p, -(1 - heat)**beta * torch.exp(alpha*log_p)*log_q)
         return (loss*valid).sum() / len(logits)
 
 # %% ../nbs/05_loss.ipynb #3dfc26a1
@@ -58,6 +58,7 @@ def offset_loss(
     offsets: Tensor,       # [B, 2, H, W] predicted x, y offsets, cells
     points: Tensor,        # [B, 2] true points, input px
     heat: Tensor,          # [B, 1, H, W] Gaussian target: the weights
+    valid: Tensor,         # bool [B, 1, H, W]; cells of padding weigh nothing
     codec: HeatmapCodec,
     radius: int = 1,       # cells around the true one that are asked too
 ) -> Tensor:               # scalar, mean over the pictures
@@ -65,15 +66,16 @@ def offset_loss(
     size = offsets.shape[-2:]
     cells, inside = neighbourhood(codec.cells(points, size)[0], size, radius)
     wanted = points[:, None] / codec.stride - cells - 0.5
-    weight = gather_cells(heat, cells)[..., 0] * inside
+    weight = gather_cells(heat*valid, cells)[..., 0] * inside
     found = gather_cells(bounded(offsets), cells)
     error = F.smooth_l1_loss(found, wanted, reduction='none', beta=OFFSET_BETA_CELLS).mean(-1)
-    return ((error*weight).sum(1) / weight.sum(1)).mean()
+    return ((error*weight).sum(1) / weight.sum(1).clamp_min(1e-6)).mean()
 
 # %% ../nbs/05_loss.ipynb #cd73fcbe
 def margin_loss(
     logits: Tensor,       # [B, 1, H, W]
     heat: Tensor,         # [B, 1, H, W] Gaussian target of the same point
+    valid: Tensor,        # bool [B, 1, H, W]; a pair with a cell of padding weighs nothing
     cell: Tensor,         # int64 [B, 2] true cell
     rivals: Tensor,       # int64 [B, K, 2] cells that must stay below
     mask: Tensor,         # bool [B, K], which of them exist
@@ -82,7 +84,7 @@ def margin_loss(
     "Hinge that keeps the logit of each rival cell `margin` below the true cell's."
     logits = bounded(logits)
     true = gather_cells(logits, cell[:, None])[..., 0]
-    weight = mask * (1 - gather_cells(heat, rivals)[..., 0])
+    weight = mask * gather_cells((1 - heat)*valid, rivals)[..., 0] * gather_cells(valid, cell[:, None])[..., 0]
     hinge = F.relu(margin + gather_cells(logits, rivals)[..., 0] - true)
     return ((hinge*weight).sum(1) / mask.sum(1).clamp_min(1)).mean()
 
@@ -90,12 +92,14 @@ def margin_loss(
 def angle_loss(
     angles: Tensor,   # [B, 2, H, W] predicted (sin, cos), any length
     degrees: Tensor,  # [B] true rotation of the gap
+    valid: Tensor,    # bool [B, 1, H, W]; a cell of padding weighs nothing
     cell: Tensor,     # int64 [B, 2] true cell
 ) -> Tensor:          # scalar in [0, 2]
     "1 - cos of the difference between predicted and true rotation."
     found = F.normalize(gather_cells(bounded(angles), cell[:, None])[:, 0], dim=1, eps=1e-6)
     true = torch.deg2rad(degrees.float())
-    return (1 - (found*torch.stack([true.sin(), true.cos()], 1)).sum(1)).mean()
+    cosine = (found*torch.stack([true.sin(), true.cos()], 1)).sum(1)
+    return ((1 - cosine)*gather_cells(valid, cell[:, None])[:, 0, 0]).mean()
 
 # %% ../nbs/05_loss.ipynb #45c7650f
 class CaptchaLoss(nn.Module):
@@ -111,15 +115,15 @@ class CaptchaLoss(nn.Module):
         batch: dict,    # gap_coords, slider_coords [B, 2], decoys [B, K, 2] in input px, decoy_mask [B, K], gap_angle [B]
     ) -> dict:          # scalars: loss, gap_focal, slider_focal, offset, margin and angle
         with torch.autocast(outputs['offsets'].device.type, enabled=False):
-            parts, config = {}, self.config
+            parts, config, valid = {}, self.config, outputs['valid']
             points = dict(gap=batch['gap_coords'], slider=batch['slider_coords'])
             targets = {name: self.codec.encode(p, outputs['offsets'].shape[-2:], config.sigma_cells) for name, p in points.items()}
             for name, (heat, _, _) in targets.items():
-                parts[f'{name}_focal'] = focal_loss(outputs[f'{name}_heatmap'], heat, outputs['valid'], config.focal_alpha, config.focal_beta)
+                parts[f'{name}_focal'] = focal_loss(outputs[f'{name}_heatmap'], heat, valid, config.focal_alpha, config.focal_beta)
             maps = dict(zip(points, outputs['offsets'].chunk(2, 1)))
-            parts['offset'] = sum(offset_loss(maps[n], points[n], targets[n][0], self.codec, config.offset_radius_cells) for n in points) / 2
+            parts['offset'] = sum(offset_loss(maps[n], points[n], targets[n][0], valid, self.codec, config.offset_radius_cells) for n in points) / 2
             parts['margin'] = (self._margin(outputs, batch, targets, 'gap', 'slider') + self._margin(outputs, batch, targets, 'slider', 'gap')) / 2
-            if 'angle' in outputs: parts['angle'] = angle_loss(outputs['angle'], batch['gap_angle'], targets['gap'][1])
+            if 'angle' in outputs: parts['angle'] = angle_loss(outputs['angle'], batch['gap_angle'], valid, targets['gap'][1])
             return dict(loss=self.total(parts), **parts)
 
     def _margin(self, outputs, batch, targets, name, other):
@@ -127,7 +131,7 @@ class CaptchaLoss(nn.Module):
         decoys, _ = self.codec.cells(batch['decoys'], heat.shape[-2:])
         rivals = torch.cat([targets[other][1][:, None], decoys], 1)
         mask = F.pad(batch['decoy_mask'], (1, 0), value=True)
-        return margin_loss(outputs[f'{name}_heatmap'], heat, cell, rivals, mask, self.config.margin)
+        return margin_loss(outputs[f'{name}_heatmap'], heat, outputs['valid'], cell, rivals, mask, self.config.margin)
 
     def total(self, parts: dict) -> Tensor:
         "The weighted sum of the parts."

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from .engine import to_device
-from .geometry import letterbox
 
 # %% ../nbs/08_visualizer.ipynb #d1db14c0
 GREEN, RED = (0, 200, 0), (235, 30, 30)  # RGB: truth, prediction
@@ -96,10 +95,16 @@ def predict_samples(
     return [dict(picture=s['image'][:3].permute(1, 2, 0).numpy(), true=t, found=f, gap_heat=g, slider_heat=h, scores=c)
             for s, t, f, g, h, c in zip(samples, points(batch), points(found), heats['gap'], heats['slider'], scores)]
 
-def draw_prediction(prediction: dict, heat: str | None = None) -> np.ndarray:
-    "Truth and prediction over the picture, with the 'gap' or 'slider' map under them if asked."
+def draw_prediction(
+    prediction: dict,         # of `predict_samples`
+    heat: str | None = None,  # 'gap' or 'slider': that map under the points
+    width: int = 384,         # px; small pictures are drawn a whole number of times larger, to be about as wide
+) -> np.ndarray:              # uint8 [H, W, 3]
+    "Truth and prediction over the picture."
     picture = prediction['picture'] if heat is None else overlay_heatmap(prediction['picture'], prediction[f'{heat}_heat'])
-    return draw_points(picture, prediction['true'], prediction['found'])
+    times = max(1, round(width/picture.shape[1]))
+    picture = cv2.resize(picture, None, fx=times, fy=times, interpolation=cv2.INTER_CUBIC)
+    return draw_points(picture, times*prediction['true'], times*prediction['found'])
 
 # %% ../nbs/08_visualizer.ipynb #e02875d3
 class Visualizer:
@@ -143,6 +148,7 @@ def by_part(model: nn.Module, read) -> dict[str, list[Tensor]]:
 # %% ../nbs/08_visualizer.ipynb #761a6b43
 def log_predictions(self: Visualizer, model: nn.Module, dataset, device, epoch: int):
     "`vis/overlay_gap`, `vis/overlay_slider` (points over the heat map) and `vis/heatmap_*` (the map alone over the picture) of the first samples."
+    if not self.eval.vis_samples: return
     predictions = predict_samples(model, [dataset[i] for i in range(min(self.eval.vis_samples, len(dataset)))], device)
     titles = [f'{i}: {np.abs(p["found"] - p["true"]).mean():.1f} px (input)' for i, p in enumerate(predictions)]
     for heat in ('gap', 'slider'):
