@@ -578,7 +578,7 @@ def photo_key(
         digest = hashlib.sha256(b"%d:" % path.stat().st_size + file.read(1 << 16)).digest()
     return int.from_bytes(digest[:8], "big") / 2 ** 64
 
-@lru_cache(maxsize=96)    # decoded pictures: speed only, what is drawn does not depend on it
+@lru_cache(maxsize=64)    # decoded pictures: speed only, what is drawn does not depend on it
 def read_photo(
     path: Path,         # an image file
     longest: int = 900, # px, larger photographs are scaled down
