@@ -325,7 +325,6 @@ def main(
         run = Run(manager, resume)
         if run.rank == 0: manager.save()
         run.fit()
-        run.pipeline.close()
     except torch.OutOfMemoryError:
         batch = manager.config.train.batch_size
         raise UserError(f'out of memory: halve train.batch_size ({batch}) and double train.accumulate for the same effective batch') from None
