@@ -210,7 +210,7 @@ def _batch(self: TrainingEngine, batch, share, last):
 
 def _train_window(self: TrainingEngine, window):
     "One optimiser step over a window of batches."
-    torch._foreach_copy_(self.buffers_before, list(self.model.buffers()))
+    if self.buffers_before: torch._foreach_copy_(self.buffers_before, list(self.model.buffers()))
     self.optimizer.zero_grad(set_to_none=True)
     counts = [len(batch['index']) for batch in window]
     parts = [self._batch(batch, count/sum(counts), last=batch is window[-1]) for batch, count in zip(window, counts)]
@@ -233,7 +233,7 @@ def _any_process(self: TrainingEngine, flag) -> bool:
 
 def _drop(self: TrainingEngine, window):
     "Leave no trace of a step whose loss or gradient is not finite; too many in a row end the run."
-    torch._foreach_copy_(list(self.model.buffers()), self.buffers_before)
+    if self.buffers_before: torch._foreach_copy_(list(self.model.buffers()), self.buffers_before)
     self.optimizer.zero_grad(set_to_none=True)
     if self.scaler.is_enabled(): self.scaler.update()
     self.dropped += 1; self.dropped_in_a_row += 1
