@@ -220,7 +220,7 @@ class SynthConfig(Section):
     redraws: Annotated[int, Field(ge=0, le=10)] = 3                                 # how often at most
 
     backgrounds: weights_of(BACKGROUNDS) = {name: 6.0 if name == "photo" else 1.0 for name in BACKGROUNDS}   # family → weight
-    background_dir: Text | None = None    # a folder of photographs for `photo`; null: `photo` is left out
+    background_dir: Text | None = None    # a folder of photographs for `photo`; `package`: the ten that ship; null: `photo` is left out
     shapes: weights_of(SHAPES) = {name: 6.0 if name == "jigsaw" else 1.0 for name in SHAPES}                 # piece shape → weight
     gap_styles: weights_of(GAP_STYLES) = dict.fromkeys(GAP_STYLES, 1.0)             # how the gap is drawn → weight
     slider_styles: weights_of(SLIDER_STYLES) = dict.fromkeys(SLIDER_STYLES, 1.0)    # how the slider piece is drawn → weight

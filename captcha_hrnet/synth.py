@@ -28,6 +28,7 @@ import warnings
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from importlib import resources
 from functools import cached_property, lru_cache
 from itertools import product
 from pathlib import Path
@@ -598,10 +599,10 @@ def read_photo(
 class PhotoFolder:
     "The photographs of a folder that belong to one split."
     def __init__(self,
-        folder: str,  # searched with its subfolders
+        folder: str,  # searched with its subfolders; `package`: the samples that ship with the library
         split: str,   # key of `SPLITS`
     ):
-        root = Path(folder)
+        root = Path(str(resources.files("captcha_hrnet"))) / "photos" if folder == "package" else Path(folder)
         if not root.is_dir(): raise UserError(f"synth.background_dir: {folder}: no such folder")
         files = sorted((p for p in root.rglob("*") if p.suffix.lower() in PHOTO_SUFFIXES), key=lambda p: p.relative_to(root).as_posix())
         keys = {p: photo_key(p) for p in files}
