@@ -91,13 +91,13 @@ class CheckpointError(UserError):
     "A checkpoint that is missing, torn or not one of ours."
 
 def save_checkpoint(
-    path,         # of the file
+    path,         # of the file, or a list: of files with the same content
     state: dict,  # tensors, numbers, strings, and lists and dicts of them
 ):
     "Write a checkpoint whole or not at all."
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    write_atomically(path, buffer.getvalue())
+    for file in path if isinstance(path, list) else [path]: write_atomically(file, buffer.getvalue())
 
 def load_checkpoint(
     path,            # of a file that `save_checkpoint` wrote

@@ -179,12 +179,10 @@ def _state(self: Run, metrics=None) -> dict:
 def _save(self: Run, epoch, metrics, is_best):
     "Write what this epoch's end calls for."
     if self.rank: return
-    folder, state = self.manager.checkpoint_dir, self._state(metrics)
-    if is_best: save_checkpoint(folder/'best_model.pth', state)
-    if (epoch + 1) % self.config.checkpoints.save_interval == 0:
-        save_checkpoint(folder/f'epoch_{epoch:03}.pth', state)
-        self._prune(epoch)
-    save_checkpoint(folder/'last.pth', state)
+    numbered = (epoch + 1) % self.config.checkpoints.save_interval == 0
+    names = ['best_model']*is_best + [f'epoch_{epoch:03}']*numbered + ['last']
+    save_checkpoint([self.manager.checkpoint_dir/f'{name}.pth' for name in names], self._state(metrics))
+    if numbered: self._prune(epoch)
 
 def _save_last(self: Run):
     "Write where the run stands; only the first process writes."
