@@ -400,3 +400,13 @@ def test_command_line_with_photographs_and_a_preset(photos, tmp_path):
     assert done.returncode == 0, done.stderr
     records = [json.loads(line) for line in (tmp_path / "set/train/labels.jsonl").read_text().splitlines()]
     assert {record["background"] for record in records} == {"photo"} and len(records) == 40
+
+
+@pytest.mark.parametrize("name", FACTORS)
+def test_each_factor_has_a_preset_of_its_own(name):
+    run = load_config(ROOT / f"configs/factors/{name}.yaml").synth
+    assert {factor for factor in FACTORS if run[factor].p} == {name}
+    drawn = [CaptchaSynth(run, 0).draw(i) for i in range(4)]
+    assert all(sample.flags[f"has_{name}"] for sample in drawn)
+    follows = {"strip": {"row_offset"}}.get(name, set())   # a piece on its own strip stands on another row
+    assert not any(sample.flags[f"has_{other}"] for sample in drawn for other in set(FACTORS) - follows - {name})
