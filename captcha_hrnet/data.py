@@ -407,13 +407,20 @@ class PackedDataset(Dataset):
         return {key: value for key, value in self.__dict__.items() if key != 'samples'}
 
     @cached_property
-    def samples(self) -> np.ndarray: return np.load(self.path, mmap_mode='r')   # records [N], read from disk when they are touched
+    def samples(self) -> np.ndarray: return np.load(self.path, mmap_mode='c')   # records [N], read when they are touched; the file never changes
 
-    def __getitem__(self, i) -> dict:
+    def _look(self, i) -> dict:
+        "Sample `i`, its tensors still in the mapped file."
         if not 0 <= i < len(self): raise IndexError(i)
         record = self.samples[i]
         values = {name: record[name] for name in self.dtype.names}
-        return {name: torch.from_numpy(value.copy()) if value.ndim else value.item() for name, value in values.items()} | dict(index=i)
+        return {name: torch.from_numpy(value) if value.ndim else value.item() for name, value in values.items()} | dict(index=i)
+
+    def __getitem__(self, i) -> dict:
+        return {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in self._look(i).items()}
+
+    def __getitems__(self, indices) -> list:   # what a loader asks for: its collating is the one copy that is made
+        return [self._look(i) for i in indices]
 
 # %% ../nbs/03_data.ipynb #8cef625f
 def _record(self: PackedDataset, sample: dict) -> bytes:
@@ -551,6 +558,7 @@ class _Coco(BaseModel, strict=True):
     annotations: list[_Annotation]
     categories: list[_Category]
 
+# %% ../nbs/03_data.ipynb #4dae2112
 def _parse_coco(path) -> _Coco:
     "A COCO file with all its types checked."
     try: tree = _json.decode(Path(path).read_text('utf-8-sig'))
@@ -569,7 +577,7 @@ def _refuse(problems: list):
     more = [f'… and {len(problems) - 10} more'] if len(problems) > 10 else []
     if problems: raise UserError('\n'.join(problems[:10] + more))
 
-# %% ../nbs/03_data.ipynb #4dae2112
+# %% ../nbs/03_data.ipynb #9354529f
 def _shift(point, by):
     "A point moved in x and y by `by` px; what is no point is left to `check_record`."
     return [v + by for v in point] if isinstance(point, list) and all(map(_is_number, point)) else point
@@ -591,6 +599,7 @@ def _from_annotation(annotation, image, names, wanted, by) -> tuple[dict, list]:
     record = _shift_record({**fixed, **{key: value for key, value in annotation.attributes.items() if key not in fixed}}, by)
     return record, hidden or check_record(record)
 
+# %% ../nbs/03_data.ipynb #b013a87f
 def read_coco(
     path,                    # of a COCO keypoints JSON file
     gap: str = 'gap',        # the category's name of the gap's keypoint
