@@ -407,7 +407,7 @@ class PackedDataset(Dataset):
         return {key: value for key, value in self.__dict__.items() if key != 'samples'}
 
     @cached_property
-    def samples(self) -> np.ndarray: return np.load(self.path, mmap_mode='c')   # records [N], read when they are touched; the file never changes
+    def samples(self) -> np.ndarray: return np.load(self.path, mmap_mode='c')   # records [N]; writes to them never reach the file
 
     def _look(self, i) -> dict:
         "Sample `i`, its tensors still in the mapped file."
