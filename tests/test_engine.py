@@ -455,7 +455,7 @@ def train_in_parallel(rank, folder):
 
 
 def train_in_two(_, folder):
-    import torch._dynamo   # noqa: F401: seconds that parallel training would spend twice
+    import torch._dynamo   # noqa: F401 seconds that parallel training would spend twice
     torch.multiprocessing.start_processes(train_in_parallel, (folder,), 2, start_method='fork')
 
 
