@@ -103,7 +103,10 @@ class Validator:
         "Measure the model over the loader's samples."
         was_training, meter, rows = model.training, Meter(), []
         model.eval()
-        for batch in tqdm(loader, f'validate {epoch}', unit='batch', disable=None, leave=False): rows.append(self._batch(model, batch, meter))
+        with tqdm(total=len(loader), desc=f'validate {epoch}', unit='batch', disable=None, leave=False) as bar:
+            for batch in loader:   # not `tqdm(loader)`, which begins the loader twice
+                rows.append(self._batch(model, batch, meter))
+                bar.update()
         model.train(was_training)
         self.rows = gather_rows(rows)
         overall = group_metrics(self.rows, self.config.eval.bootstrap)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from captcha_hrnet.config import Config
+from captcha_hrnet.config import Config, UserError
 from captcha_hrnet.engine import (CheckpointError, Meter, NonFiniteError, TrainingEngine, learning_rate, load_checkpoint, log, make_ema,
                                   newest_checkpoint, parameter_groups, random_state, save_checkpoint, set_random_state, windows)
 from captcha_hrnet.geometry import Letterbox
@@ -250,14 +250,31 @@ def test_every_precision_learns(amp):
     assert all(p.dtype == torch.float32 and p.isfinite().all() for p in engine.model.state_dict().values() if p.is_floating_point())
 
 
-def test_fp16_overflow_lowers_the_scale_and_drops_the_step():
-    engine = engine_of(train=dict(amp='fp16', max_nonfinite_steps=20))
+def test_the_search_for_a_scale_does_not_count_towards_the_limit(messages):
+    "Gradients that overflow at any scale do, once the scale is below 1."
+    engine = engine_of(train=dict(amp='fp16', max_nonfinite_steps=2))
     spoil_gradients(engine)
     before, scale = copy.deepcopy(learnt(engine)), engine.scaler.get_scale()
-    engine._train_window([poisoned(batch_of(4), 'infinite gradient')])
-    assert engine.scaler.get_scale() == scale/2 and same(before['model_state_dict'], engine.model.state_dict()) and engine.dropped == 1
+    bad = [poisoned(batch_of(4), 'infinite gradient')]
+    for count in range(1, 5):
+        engine._train_window(bad)
+        assert engine.scaler.get_scale() == scale/2**count and same(before['model_state_dict'], engine.model.state_dict())
+        assert (engine.dropped, engine.dropped_in_a_row) == (count, 0)
     while not engine.step: engine._train_window([batch_of(4)])   # the first scales are too large for any gradient
-    assert not same(before['model_state_dict'], engine.model.state_dict()) and 1 < engine.dropped < 15
+    assert not same(before['model_state_dict'], engine.model.state_dict()) and 4 <= engine.dropped < 15
+    halvings = int(math.log2(engine.scaler.get_scale()))
+    with pytest.raises(NonFiniteError):
+        for _ in range(30): engine._train_window(bad)
+    assert engine.dropped_in_a_row == 3 and engine.scaler.get_scale() == 2**-3 and halvings < 30
+
+
+def test_a_loss_that_is_not_finite_counts_in_half_precision_too():
+    engine = engine_of(train=dict(amp='fp16', max_nonfinite_steps=2))
+    forward = engine._batch
+    engine._batch = lambda batch, share, last: forward(batch, share, last) | dict(loss=torch.tensor(math.nan))   # and fine gradients
+    engine.scaler.load_state_dict(engine.scaler.state_dict() | dict(scale=8.))
+    with pytest.raises(NonFiniteError, match='3 steps in a row'):
+        for _ in range(5): engine._train_window([batch_of(4)])
 
 
 def test_errors_are_in_original_pixels():
@@ -323,14 +340,30 @@ def test_checkpoints_that_cannot_be_resumed_are_refused():
     engine = engine_of()
     engine.train_epoch(Loader([batch_of(4)]), 0)
     state = engine.state_dict()
-    used = set(state) - {'scheduler_state_dict', 'dropped'}
-    for key in used:
+    for key in state:
         for spoilt in ({k: v for k, v in state.items() if k != key}, state | {key: ['wrong']}, state | {key: {}}):
-            if key in ('epoch', 'epoch_step', 'step', 'meter', 'ema_steps') and spoilt.get(key) is not None: continue
             if key == 'scaler_state_dict' and key in spoilt: continue   # no scaler, nothing to read
             with pytest.raises(CheckpointError): engine_of().load_state_dict(spoilt)
     other = TrainingEngine(Toy(False, width=7), engine.config, 'cpu')
     with pytest.raises(CheckpointError, match="another model's"): other.load_state_dict(state)
+
+
+@pytest.mark.parametrize(('before', 'after', 'seen_again'), [(4, 2, 0), (2, 4, 0), (4, 3, 2)], ids=str)
+def test_another_batch_size_skips_no_sample(before, after, seen_again, messages):
+    "Stopped after two batches of 4 (or four of 2) of 24 samples, in the second of four epochs."
+    make = lambda size: engine_of(train=dict(batch_size=size), sched=dict(epochs=4, warmup_epochs=.5))
+    loader = lambda size: Loader([batch_of(size, seed) for seed in range(24//size)])
+    old, new = make(before), make(after)
+    old.on_log = lambda step, _: setattr(old, 'stop_requested', step == 24//before + 8//before)
+    for epoch in range(2): old.train_epoch(loader(before), epoch)
+    new.load_state_dict(old.state_dict())
+    assert old.epoch_step*before == 8 and new.epoch_step*after == 8 - seen_again
+    assert len(messages) == 1 and f'goes on at sample {8 - seen_again}, {seen_again} are seen again' in messages[0]
+    rates = []
+    new.on_log = lambda step, means: rates.append(means['lr'])
+    new.train_epoch(loader(after), 1)
+    assert rates[0] == pytest.approx(learning_rate(old.step*24//after/(24//before), 24//after, new.config.sched, 1e-2), rel=.02)
+    assert new.step == pytest.approx(2*24/after, abs=1)
 
 
 def test_random_states_go_through_a_file(tmp_path):
@@ -396,6 +429,11 @@ def test_nothing_in_a_file_is_executed(kind, tmp_path):
     assert not crater.exists()
 
 
+def test_what_unpacks_to_more_than_the_file_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path/'bomb.pth', 'w', zipfile.ZIP_DEFLATED) as archive: archive.writestr('archive/data.pkl', bytes(2**22))
+    with pytest.raises(CheckpointError, match='larger than the file'): load_checkpoint(tmp_path/'bomb.pth')
+
+
 def test_files_that_are_no_checkpoints(tmp_path):
     buffer = io.BytesIO()
     torch.save([1, 2], buffer)
@@ -412,7 +450,7 @@ def test_a_failed_write_leaves_the_old_file(saved, tmp_path, monkeypatch):
     path.write_bytes(saved.read_bytes())
     def full(_): raise OSError(28, 'No space left on device')
     monkeypatch.setattr(os, 'fsync', full)
-    with pytest.raises(OSError): save_checkpoint(path, dict(model_state_dict={}))
+    with pytest.raises(UserError, match=r'last.pth: cannot be written \(No space left on device\)'): save_checkpoint(path, dict(model_state_dict={}))
     assert path.read_bytes() == saved.read_bytes() and os.listdir(tmp_path) == ['last.pth']
 
 
@@ -432,6 +470,8 @@ def test_the_newest_whole_checkpoint(tmp_path, messages):
     assert newest_checkpoint(tmp_path).name == 'epoch_1000.pth' and 'last.pth' in messages[0]
     torn = (tmp_path/'epoch_1000.pth').read_bytes()[:-50]
     (tmp_path/'epoch_1000.pth').write_bytes(torn)
+    assert newest_checkpoint(tmp_path).name == 'epoch_999.pth'
+    checkpoint(tmp_path/'last.pth', 'nine')
     assert newest_checkpoint(tmp_path).name == 'epoch_999.pth'
     for path in tmp_path.glob('*.pth'): path.write_bytes(torn)
     with pytest.raises(CheckpointError, match='none of its 5 checkpoints is whole'): newest_checkpoint(tmp_path)

@@ -6,10 +6,9 @@ import logging
 import os
 import random
 import re
+import resource
 import signal
-import subprocess
-import sys
-import threading
+import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -22,151 +21,20 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from captcha_hrnet import train as module
-from captcha_hrnet.config import Config, ConfigManager, load_config, run_command
+from captcha_hrnet.config import Config, load_config, run_command
 from captcha_hrnet.data import DataPipeline
 from captcha_hrnet.engine import TrainingEngine, load_checkpoint, log, newest_checkpoint, save_checkpoint
 from captcha_hrnet.model import load_model
-from captcha_hrnet.train import MetricsFile, Run, advice, plain, profiled
+from captcha_hrnet.train import MetricsFile, advice, plain, profiled
 from captcha_hrnet.validator import Validator
+from processes import BARE, TINY, Program, assert_same_run, in_this_process, is_over, kill, records, strict_json, until
 from toys import Loader, Toy, batch_of
 
 torch.set_num_threads(1)
-QUICKSTART = Path(__file__).parent.parent/'configs'/'quickstart.yaml'
-TINY = f"""
-base: {QUICKSTART}
-version: tiny
-data: {{train_samples: 20, val_samples: 7}}
-model: {{name: naive_lite_hrnet_18, neck_channels: 16, head_channels: 16}}
-sched: {{epochs: 2, warmup_epochs: 0.5}}
-train: {{batch_size: 4, accumulate: 2, num_workers: 1, log_every: 2}}
-eval: {{batch_size: 4, vis_fail_k: 2, vis_samples: 2, bootstrap: 10}}
-checkpoints: {{save_interval: 1}}
-logging: {{hist_interval: 1}}
-"""   # 5 batches an epoch: three optimiser steps, the last one short
-BARE = ['eval.vis_fail_k=0', 'eval.vis_samples=0', 'logging.hist_interval=0', 'checkpoints.save_interval=5']   # the same weights, sooner
-QUIET = os.environ | dict(OMP_WAIT_POLICY='passive', OMP_NUM_THREADS='1')
-SERVER = """
-import atexit, json, os, runpy, sys, traceback, torch
-import captcha_hrnet.data, captcha_hrnet.model, captcha_hrnet.validator, captcha_hrnet.visualizer
-torch.optim.AdamW([torch.zeros(1)])   # the last of the slow imports
-
-def is_command():
-    for line in sys.stdin:
-        order = json.loads(line)
-        if 'pid' in order:
-            pid, status = os.waitpid(order['pid'], os.WNOHANG)
-            answer = os.waitstatus_to_exitcode(status) if pid else None
-        else:
-            answer = os.fork()
-            if not answer: break
-        print(json.dumps(answer), flush=True)
-    else: return False
-    os.setsid()
-    os.chdir(order['folder'])
-    for number, path in enumerate([os.devnull, order['out'], order['err']]): os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), number)
-    sys.argv[1:] = order['arguments']
-    return True
-
-if is_command():
-    code = 0
-    try: runpy.run_module('captcha_hrnet.train', run_name='__main__', alter_sys=True)
-    except SystemExit as stop: code = stop.code
-    except BaseException: code = traceback.print_exc() or 1
-    atexit._run_exitfuncs()
-    sys.stdout.flush(); sys.stderr.flush()
-    os._exit(code)   # to tear down what was imported would take a second
-"""
-
-
-class Command:
-    "A process in a group of its own; what it prints goes to files, since workers may outlive a kill for seconds."
-    def __init__(self, folder):
-        number = len(list(folder.glob('out*.txt')))
-        self.folder, self.out, self.err = folder, folder/f'out{number}.txt', folder/f'err{number}.txt'
-        self.out.touch()
-        self.began, self.code = time.monotonic(), None
-
-    def wait(self, timeout=240):
-        "Exit code, standard output and standard error."
-        while self.poll() is None and time.monotonic() < self.began + timeout: time.sleep(.02)
-        self.signal(signal.SIGKILL, missing_ok=True)   # whatever is left
-        assert self.poll() is not None, 'no end'
-        return SimpleNamespace(code=self.poll(), out=self.out.read_text(), err=self.err.read_text(), folder=self.folder)
-
-    def signal(self, number, missing_ok=False):
-        "To the whole group, as Ctrl-C and schedulers do."
-        try: os.killpg(self.pid, number)
-        except ProcessLookupError:
-            if not missing_ok: raise
-
-
-class Program(Command):
-    "`python -m name arguments`"
-    def __init__(self, folder, *arguments):
-        super().__init__(folder)
-        with open(self.out, 'w') as out, open(self.err, 'w') as err:
-            self.process = subprocess.Popen([sys.executable, '-m', *arguments], cwd=folder, stdout=out, stderr=err, start_new_session=True, env=QUIET)
-        self.pid, self.poll = self.process.pid, self.process.poll
-
-
-class Forked(Command):
-    "`python -m captcha_hrnet.train arguments`, forked from a process that has done the imports."
-    def __init__(self, ask, folder, *arguments):
-        super().__init__(folder)
-        self.ask, self.pid = ask, ask(folder=str(folder), out=str(self.out), err=str(self.err), arguments=list(map(str, arguments)))
-
-    def poll(self):
-        if self.code is None: self.code = self.ask(pid=self.pid)
-        return self.code
-
-
-@pytest.fixture(scope='session')
-def start():
-    "`start(folder, *arguments)` starts a training."
-    server, lock = subprocess.Popen([sys.executable, '-c', SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=QUIET), threading.Lock()
-    def ask(**order):
-        with lock:
-            print(json.dumps(order), file=server.stdin, flush=True)
-            return json.loads(server.stdout.readline())
-    yield functools.partial(Forked, ask)
-    server.stdin.close()
-    server.wait(30)
-
-
-def until(condition, process, timeout=120):
-    while not condition() and process.poll() is None and time.monotonic() < process.began + timeout: time.sleep(.01)
-    assert condition(), process.err.read_text()
-
-
-def same(a, b) -> bool:
-    if isinstance(a, torch.Tensor): return torch.equal(a, b)
-    if isinstance(a, dict): return a.keys() == b.keys() and all(same(value, b[key]) for key, value in a.items())
-    if isinstance(a, (list, tuple)): return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
-def strict_json(text):
-    def refuse(name): raise AssertionError(f'{name} is no JSON')
-    return json.loads(text, parse_constant=refuse)
-
-
-def records(folder, version='tiny'):
-    lines = [strict_json(line) for line in (folder/f'logs/log-{version}/metrics.jsonl').read_text().splitlines()]
-    for line in lines:
-        for name in ('images_per_second', 'data_wait'): line['train'].pop(name)   # the two that are not repeatable
-    return lines
 
 
 @functools.cache
 def checkpoint_of(folder, name): return load_checkpoint(folder/f'checkpoints/tiny/{name}.pth')   # of a run that is over
-
-
-def assert_same_run(one, other):
-    "Last checkpoint and metrics, to the last bit."
-    a, b = (checkpoint_of(folder, 'last') for folder in (one, other))
-    for key in ('model_state_dict', 'ema_state_dict', 'optimizer_state_dict', 'epoch', 'step', 'validator', 'metrics', 'done'): assert same(a[key], b[key]), key
-    assert records(one) == records(other)
-    assert same(*[checkpoint_of(folder, 'best_model')['ema_state_dict'] for folder in (one, other)])
 
 
 @pytest.fixture(scope='session')
@@ -176,9 +44,7 @@ def finished(tmp_path_factory):
     (folder/'tiny.yaml').write_text(TINY)
     process = Program(folder, 'captcha_hrnet.train', '--config', 'tiny.yaml')
     process.process.wait(240)
-    try: process.signal(0)
-    except ProcessLookupError: left = False
-    else: left = True
+    left = not is_over(process)
     done = process.wait()
     done.left = left
     return done
@@ -195,7 +61,8 @@ def test_a_run_ends_well(finished):
 def test_a_run_leaves_its_files(finished):
     files = {str(p.relative_to(finished.folder)) for p in finished.folder.rglob('*') if p.is_file() and 'tfevents' not in p.name}
     assert files == {'tiny.yaml', 'out0.txt', 'err0.txt', *(f'checkpoints/tiny/{name}.pth' for name in ('best_model', 'last', 'epoch_000', 'epoch_001')),
-                     *(f'logs/log-tiny/{name}' for name in ('training.log', 'metrics.jsonl', 'config.yaml', 'predictions.png'))}
+                     *(f'logs/log-tiny/{name}' for name in ('training.log', 'metrics.jsonl', 'config.yaml', 'predictions.png')),
+                     'checkpoints/tiny/.lock', 'logs/log-tiny/.lock'}
     assert cv2.imread(str(finished.folder/'logs/log-tiny/predictions.png')).std() > 10
 
 
@@ -281,20 +148,24 @@ def test_histograms_and_settings_are_in_tensorboard(board):
 # stopped and killed
 
 def test_stopped_and_killed_and_resumed(finished, start, tmp_path):
-    "At random moments of both epochs; SIGINT and SIGTERM reach the loader's workers as well."
+    "In both epochs; the training process alone is killed, and stops come twice, to the whole group, as schedulers send them."
     (tmp_path/'tiny.yaml').write_text(TINY)
-    last, arguments, rng = tmp_path/'checkpoints/tiny/last.pth', ['--config', 'tiny.yaml', '--resume', 'auto', '--set', *BARE], random.Random(0)
-    for number, wanted_epoch in ((signal.SIGKILL, 0), (signal.SIGINT, 0), (signal.SIGKILL, 1), (signal.SIGTERM, 1)):
+    last, arguments, rng, killed = tmp_path/'checkpoints/tiny/last.pth', ['--config', 'tiny.yaml', '--resume', 'auto', '--set', *BARE], random.Random(0), []
+    for number, wanted_epoch, moment in ((signal.SIGKILL, 0, .5), (signal.SIGINT, 0, None), (signal.SIGKILL, 1, None), (signal.SIGTERM, 1, None)):
         before = last.stat().st_mtime_ns if last.exists() else 0
         process = start(tmp_path, *arguments)
         if not before: until(last.exists, process)
         elif wanted_epoch and not (tmp_path/'logs/log-tiny/metrics.jsonl').exists(): until(lambda before=before: last.stat().st_mtime_ns > before, process)
         else: until(lambda process=process: 'resumed from' in process.out.read_text(), process)
-        time.sleep(rng.uniform(.3, .9))
-        process.signal(number)
-        done = process.wait()
-        if number == signal.SIGKILL: assert done.code == -signal.SIGKILL
+        if not before: assert_refused(start(tmp_path, *arguments).wait(), process)
+        if number == signal.SIGKILL:
+            kill(process, tmp_path, moment)
+            assert process.poll() == -signal.SIGKILL
+            killed.append(process)
         else:
+            time.sleep(rng.uniform(.3, .9))
+            for _ in range(2): process.signal(number)
+            done = process.wait()
             assert (done.code, done.err) == (0, '')
             assert done.out.count(f'{number.name}: finishing this step') == 1
             assert 'go on with: --resume auto' in done.out and 'checkpoints/tiny/last.pth' in done.out
@@ -303,13 +174,65 @@ def test_stopped_and_killed_and_resumed(finished, start, tmp_path):
     assert (done.code, done.err) == (0, '')
     log_text = (tmp_path/'logs/log-tiny/training.log').read_text()
     assert log_text.count('resumed from checkpoints/tiny/last.pth: epoch') == 4 and 'older one' not in log_text   # last.pth was whole each time
+    assert [f'checkpoints/tiny: taken over from process {process.pid} on ' in log_text for process in killed] == [True, True]
+    assert not [*tmp_path.rglob('*.tmp')]
     assert_same_run(finished.folder, tmp_path)
+    for process in killed: until(lambda process=process: is_over(process), SimpleNamespace(poll=lambda: None, began=time.monotonic(), err=process.err), 30)
 
 
-def in_this_process(folder, *overrides, resume=None):
-    places = [f'checkpoints.save_dir={folder}/checkpoints', f'logging.log_dir={folder}/logs', f'logging.tensorboard_dir={folder}/logs/tensorboard']
-    manager = ConfigManager(folder/'tiny.yaml', ['train.num_workers=0', *BARE, *places, *overrides])
-    return Run(manager, resume)
+def assert_refused(second, first):
+    name = rf'process {first.pid} on {re.escape(socket.gethostname())}'
+    assert second.code == 1 and re.fullmatch(rf'error: checkpoints/tiny: {name} trains in this folder: .*version\n', second.err), second.err
+
+
+def test_a_full_disk_ends_the_run_in_a_line(start, tmp_path):
+    "The limit of a file's size stands for it; what was written before is still there, and is gone on with."
+    (tmp_path/'tiny.yaml').write_text(TINY)
+    last, arguments = tmp_path/'checkpoints/tiny/last.pth', ['--config', 'tiny.yaml', '--resume', 'auto', '--set', *BARE, 'sched.epochs=1']
+    process = start(tmp_path, *arguments)
+    until(last.exists, process)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (last.stat().st_size//2, resource.RLIM_INFINITY))
+    done = process.wait()
+    assert done.code == 1 and re.fullmatch(r'error: checkpoints/tiny/best_model.pth: cannot be written \(.*\); what stood there before is untouched\n', done.err), done.err
+    assert load_checkpoint(last)['step'] == 0 and {path.name for path in last.parent.iterdir()} == {'last.pth', '.lock'}
+    assert start(tmp_path, *arguments).wait().code == 0 and load_checkpoint(last)['step'] == 3
+
+
+def test_signals_outside_of_the_training(start, tmp_path):
+    "While it imports, and while it looks at its data: one line, and an end in order."
+    (tmp_path/'tiny.yaml').write_text(TINY)
+    process = Program(tmp_path, 'captcha_hrnet.train', '--config', 'tiny.yaml')
+    until(lambda: 'torch' in Path(f'/proc/{process.pid}/maps').read_text(), process)   # its libraries are being loaded
+    process.signal(signal.SIGINT)
+    done = process.wait()
+    assert (done.code, done.out, done.err) == (0, 'SIGINT: ended outside of the training; nothing was lost\n', '')
+    process = start(tmp_path, '--config', 'tiny.yaml', '--set', 'data.cache=cache', 'data.val_samples=5000')   # to be packed
+    until((tmp_path/'cache').exists, process)
+    process.signal(signal.SIGTERM)
+    done = process.wait()
+    assert (done.code, done.out, done.err) == (0, 'SIGTERM: ended outside of the training; nothing was lost\n', '')
+    assert not [*tmp_path.rglob('*.pth'), *tmp_path.rglob('*.tmp')]
+
+
+def test_a_killed_worker_ends_the_run_in_a_line(start, tmp_path):
+    (tmp_path/'tiny.yaml').write_text(TINY)
+    process = start(tmp_path, '--config', 'tiny.yaml', '--set', *BARE, 'sched.epochs=50')
+    until(lambda: 'epoch=1 ' in process.out.read_text(), process)
+    for worker in map(int, Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()): os.kill(worker, signal.SIGKILL)
+    done = process.wait()
+    assert done.code == 1 and re.fullmatch(r'error: a process that loads data was killed, .*num_workers.*--resume auto\n', done.err), done.err
+    assert load_checkpoint(tmp_path/'checkpoints/tiny/last.pth')['epoch'] >= 1
+
+
+def test_what_a_worker_says_is_a_line(start, tmp_path):
+    "A picture that is gone in mid-run: PyTorch's report of it is a traceback."
+    (tmp_path/'tiny.yaml').write_text(TINY)
+    assert Program(tmp_path, 'captcha_hrnet.synth', '--out', 'data', '--train', '9', '--val', '5', '--config', 'tiny.yaml', '--workers', '1').wait().code == 0
+    process = start(tmp_path, '--config', 'tiny.yaml', '--set', *DIRECTORY, *BARE, 'sched.epochs=50')
+    until((tmp_path/'logs/log-tiny/metrics.jsonl').exists, process)
+    for picture in (tmp_path/'data/train/images').iterdir(): picture.unlink()
+    done = process.wait()
+    assert done.code == 1 and re.fullmatch(r'error: data/train/images/\S+: no such file.*\n', done.err), done.err
 
 
 def test_more_epochs_in_another_folder(finished, tmp_path):
@@ -357,12 +280,13 @@ def test_a_new_run_replaces_an_old_one(tmp_path, monkeypatch):
     (tmp_path/'tiny.yaml').write_text(TINY)
     folder = tmp_path/'checkpoints/tiny'
     folder.mkdir(parents=True)
-    for name, epoch in (('last', 9), ('epoch_008', 9)): save_checkpoint(folder/f'{name}.pth', dict(model_state_dict={}, epoch=epoch))
+    for name, epoch in (('last', 9), ('epoch_008', 9)): save_checkpoint(folder/f'{name}.pth', dict(model_state_dict={}, epoch=epoch, step=70))
     run = in_this_process(tmp_path)
     def killed(epoch): raise KeyboardInterrupt
     monkeypatch.setattr(run, '_epoch', killed)
     with pytest.raises(KeyboardInterrupt): run.fit()
     assert newest_checkpoint(folder).name == 'last.pth' and load_checkpoint(folder/'last.pth')['step'] == 0
+    assert load_checkpoint(folder/'previous.pth')['epoch'] == 9 and 'a run of 70 steps was here' in (tmp_path/'logs/log-tiny/training.log').read_text()
 
 
 def test_old_checkpoints_are_pruned(tmp_path):
@@ -441,7 +365,7 @@ def test_a_mistake_is_a_clear_line(case, mistakes):
 @pytest.mark.parametrize('case', MISTAKES)
 def test_a_mistake_leaves_nothing_broken(case, mistakes):
     folder = mistakes[case].folder
-    written = {str(p.relative_to(folder)) for p in folder.rglob('*') if p.is_file()} - {'out0.txt', 'err0.txt'}
+    written = {str(p.relative_to(folder)) for p in folder.rglob('*') if p.is_file() and p.name != '.lock'} - {'out0.txt', 'err0.txt'}
     written = {name for name in written if not name.endswith(('.yaml', 'torn.pth', 'training.log'))} | {name for name in written if 'config.yaml' in name}
     if case == 'diverges':
         assert load_checkpoint(folder/'checkpoints/tiny/last.pth')['dropped'] == 2
@@ -482,23 +406,6 @@ def test_training_from_a_directory(start, tmp_path):
     assert record['val']['n'] == 5
     tags = EventAccumulator(str(tmp_path/'logs/tensorboard/tiny')).Reload().Tags()
     assert 'lr/current' in tags['scalars'] and not tags['images']   # log_every is longer than the run; no pictures were asked for
-
-
-def test_two_processes(tmp_path):
-    (tmp_path/'tiny.yaml').write_text(TINY)
-    done = Program(tmp_path, 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', '-m', 'captcha_hrnet.train', '--config', 'tiny.yaml', '--set', *BARE).wait()
-    assert done.code == 0 and 'Traceback' not in done.err, done.err
-    first, last = records(tmp_path)
-    assert (first['epoch'], last['epoch'], first['val']['n'], last['val']['n']) == (0, 1, 7, 7)   # 4 and 3 samples
-    text = (tmp_path/'logs/log-tiny/training.log').read_text()
-    assert [text.count(f'epoch={epoch} ') for epoch in (0, 1)] == [1, 1]
-    assert len({path.name.split('.')[-2] for path in (tmp_path/'logs/tensorboard').rglob('*tfevents*')}) == 1   # one process writes
-    assert {path.name for path in (tmp_path/'checkpoints/tiny').iterdir()} == {'last.pth', 'best_model.pth'}
-    path = tmp_path/'checkpoints/tiny/best_model.pth'
-    assert checkpoint_of(tmp_path, 'last')['step'] == 2   # 20 samples, 2 processes of 4, 2 batches a step: one an epoch
-    config = load_config(tmp_path/'tiny.yaml', ['train.num_workers=0'])
-    again = Validator(config, 'cpu').validate(load_model(path), DataPipeline(config).setup().val_loader)
-    assert again['mae_px'] == pytest.approx(checkpoint_of(tmp_path, 'best_model')['metrics']['mae_px'], rel=1e-6)
 
 
 # pieces
