@@ -440,7 +440,10 @@ def _write(self: PackedDataset, file):
     if need > free: raise UserError(f'{file.name}: {need/1e9:.1f} GB are needed, {free/1e9:.1f} GB are free: name another data.cache')
     np.lib.format.write_array_header_2_0(file, dict(descr=self.dtype.descr, fortran_order=False, shape=(len(self),)))
     records = DataLoader(self.source, batch_size=None, num_workers=self.workers, collate_fn=self._record, worker_init_fn=_one_thread)
-    for record in tqdm(records, f'packing {self.source.place}', unit=' samples', disable=None, leave=False): file.write(record)
+    with tqdm(total=len(self), desc=f'packing {self.source.place}', unit=' samples', disable=None, leave=False) as bar:
+        for record in records:   # not `tqdm(records)`, which starts a second set of workers
+            file.write(record)
+            bar.update()
 
 PackedDataset._record, PackedDataset._is_good, PackedDataset._write = _record, _is_good, _write
 
@@ -521,15 +524,16 @@ class DataPipeline:
 # %% ../nbs/03_data.ipynb #5dac359c
 def loader_speed(
     loader: DataLoader,      # with batches that have an `index`
-    seconds: float = 10.,    # to measure for, after the first batch
+    seconds: float = 10.,    # to measure for
 ) -> float:                  # samples a second
     "How fast a loader delivers. It is started anew when it ends."
     assert len(loader), 'a loader has batches'
-    count, start = 0, None
+    count, start, first = 0, None, 2*loader.num_workers + 1   # what the workers' start took, and had ready, doesn't count
     while True:
         for batch in loader:
-            now = time.perf_counter()
-            if start is None: start = now      # whatever the workers' start took
+            now, first = time.perf_counter(), first - 1
+            if first > 0: continue
+            if start is None: start = now
             else: count += len(batch['index'])
             if count and now - start >= seconds: return count/(now - start)
 

@@ -666,3 +666,11 @@ def test_command_line(split, tmp_path, capsys):
     assert run() == 1 and run("--read", "x", "--write", "y") == 1 and run("--write", "x", "--data", tmp_path / "no") == 1
     with pytest.raises(SystemExit) as status: run("--origin", "middle")
     assert status.value.code == 2
+
+
+def test_packing_reads_the_source_once(tmp_path, monkeypatch):
+    """A second set of workers, started by mistake, would also keep the cache's lock."""
+    started, iterate = [], DataLoader.__iter__
+    monkeypatch.setattr(DataLoader, "__iter__", lambda loader: started.append(1) or iterate(loader))
+    PackedDataset(SyntheticDataset(config_of(), "val"), tmp_path / "c", workers=1)
+    assert len(started) == 1
