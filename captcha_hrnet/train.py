@@ -217,26 +217,27 @@ class Run:
 
     def _resume(self, resume):
         "Go on with what the first process finds: it alone needs to see the checkpoints."
-        self.resumed, state, best = from_first(self._find(resume) if self.rank == 0 else None)
+        self.resumed, state = from_first(self._find(resume) if self.rank == 0 else None)
         if not self.resumed: return
         try:
             self.engine.load_state_dict(state)
             state = RunState(**state)
         except (CheckpointError, ValidationError) as error: raise CheckpointError(f'{self.resumed}: {_first_line(error)}') from None
         self.validator.load_state_dict(state.validator.model_dump())
-        if not best: self.validator.best = None
+        best = Path(self.resumed).with_name('best_model.pth')   # copied only now that the checkpoint is known to be this model's
+        if not from_first(self._bring_best(best) if self.rank == 0 else None): self.validator.best = None
         stopped_early = self.engine.epoch < state.config.sched.epochs
         self.done = state.done and (stopped_early or self.engine.epoch >= self.config.sched.epochs)   # more epochs may be asked for now
         log.info('resumed from %s: epoch %d, batch %d', self.resumed, self.engine.epoch, self.engine.epoch_step)
 
-    def _find(self, resume) -> tuple:   # path, state, whether its best model is at hand
+    def _find(self, resume) -> tuple:   # path, state
         "The checkpoint to go on with."
         path = newest_checkpoint(self.manager.checkpoint_dir) if resume == 'auto' else resume
-        if path is None: return None, None, False
+        if path is None: return None, None
         state = load_checkpoint(path)
         changed = [*changes(state.get('config'), self.config.to_dict())]
         if changed: log.info('changed since the checkpoint: %s', '; '.join(changed))
-        return str(path), state, self._bring_best(Path(path).with_name('best_model.pth'))
+        return str(path), state
 
     def _bring_best(self, theirs) -> bool:
         "The best so far belongs to the run that goes on, also when it goes on in another folder; False if there is none that is whole."

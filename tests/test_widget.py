@@ -196,7 +196,7 @@ def server(tmp_path_factory):
 def open_notebook(browser, server, front_end, name):
     "A page with the notebook's output on it."
     url, page = server[0], browser.new_page(viewport=dict(width=1280, height=1400))
-    page.set_default_timeout(60_000)
+    page.set_default_timeout(120_000)
     if front_end == 'voila': page.goto(f'{url}voila/render/{name}.ipynb?token=t')
     elif front_end == 'lab':
         page.goto(f'{url}lab/tree/{name}.ipynb?token=t')
@@ -229,11 +229,12 @@ def test_browser_in(front_end, chromium, server, models):
     title, place = page.locator('.chv-name').first, page.get_by_label('Picture', exact=True)
     shows = lambda row: expect(title).to_have_text(re.compile(rf'^{a.names[row]}\b'))
     shows(worst[0])
-    assert page.locator('.chv-panel svg[role=img]').count() == 6   # two models: a picture and two magnifiers each
+    expect(page.locator('.chv-panel svg[role=img]')).to_have_count(6)   # two models: a picture and two magnifiers each
     handle(page, 'Picture').focus()                                # the slider's handle: arrow keys
     for key in ('ArrowRight', 'ArrowRight', 'ArrowRight', 'ArrowLeft'): page.keyboard.press(key)
     shows(worst[2])
     expect(place).to_have_value('3')
+    page.wait_for_timeout(1000)                                    # the kernel's echoes of those keys
     place.focus()                                                  # the field: up and down
     page.keyboard.press('ArrowUp')
     shows(worst[3])
