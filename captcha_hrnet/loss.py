@@ -10,7 +10,7 @@ __all__ = ['OFFSET_BETA_CELLS', 'bounded', 'focal_loss', 'neighbourhood', 'gathe
 import torch
 from torch import Tensor, nn
 import torch.nn.functional as F
-from .geometry import HeatmapCodec
+from .geometry import HeatmapCodec, nearest_cells
 
 # %% ../nbs/05_loss.ipynb #47b6e6e7
 def bounded(maps: Tensor) -> Tensor:
@@ -42,8 +42,8 @@ def neighbourhood(
     "The (2·radius+1)² cells around each cell, and which of them lie in the grid."
     steps = torch.arange(-radius, radius + 1, device=cell.device)
     around = cell[:, None] + torch.cartesian_prod(steps, steps).view(-1, 2)
-    last = torch.tensor([size[1] - 1, size[0] - 1], device=cell.device)
-    return torch.minimum(around, last).clamp_min(0), ((around >= 0) & (around <= last)).all(-1)
+    nearest = nearest_cells(around, size)
+    return nearest, (around == nearest).all(-1)
 
 def gather_cells(
     maps: Tensor,   # [B, C, H, W]
