@@ -728,6 +728,18 @@ def _program() -> str:
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     return f"python -m {spec.name}" if spec and spec.name else Path(sys.argv[0]).name
 
+def _visible(text: str) -> str:
+    "Without what ends a line or moves a terminal's cursor"
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda odd: repr(odd[0])[1:-1], text)
+
+def _error_lines(error: Exception, arguments: dict) -> list:
+    "The lines of an error; an argument that it repeats is a part of one line"
+    text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+    for value in arguments.values():
+        for name in [value] if isinstance(value, str) else value if isinstance(value, list) else ():
+            for written in filter(None, (name, str(Path(name)))): text = text.replace(written, _visible(written))
+    return [_visible(line) for line in text.split("\n")]
+
 def run_command(
     func: Callable,      # its docments become the options
     argv: list | None = None,   # arguments; None: the process's own
@@ -743,8 +755,7 @@ def run_command(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (UserError, OSError) as error:
-        text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
-        for line in text.splitlines(): print("error:", line, file=sys.stderr)
+        for line in _error_lines(error, arguments): print("error:", line, file=sys.stderr)
         return 1
     return 0
 

@@ -9,7 +9,7 @@ import signal
 import pytest
 import torch
 import yaml
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 from captcha_hrnet import train as module
@@ -86,6 +86,8 @@ words = st.sampled_from(['--config', '--resume', '--set', '--inspect', '--help',
 
 @cases
 @given(arguments=st.lists(words, max_size=6))
+@example(arguments=['--config', 'a\rb\n.//c\x85\x1b[2J'])   # 2,000 cases found that such a name was two lines
+@example(arguments=['--resume', '\n', '--config', 'small.yaml', '--set', 'a\n=\r'])
 def test_any_command_line_is_understood_or_refused(command, arguments):
     with open('small.yaml', 'w') as file: file.write('seed: 1\n')
     says(arguments)

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from urllib.error import HTTPError
@@ -165,15 +166,14 @@ def chromium():
         browser.close()
 
 
-@pytest.fixture(scope='module')
-def server(tmp_path_factory):
-    "One Jupyter server for all front ends, on a port that the system picks: its address and its folder."
+@contextmanager
+def serving(folder, notebooks):
+    "One Jupyter server for all front ends, on a port that the system picks, and notebooks of one cell each: its address and its folder."
     for module in ('jupyterlab', 'nbclassic', 'voila'):
         if find_spec(module) is None: pytest.skip(f'{module} is not installed')
-    folder = tmp_path_factory.mktemp('server')
     home = {f'JUPYTER_{name}': str(folder / name) for name in ('RUNTIME_DIR', 'CONFIG_DIR')} | {f'JUPYTERLAB_{name}': str(folder / name) for name in ('SETTINGS_DIR', 'WORKSPACES_DIR')}
-    for name, last in dict(browser='Browser(a, b)', training="TrainingView('tiny.yaml', every=.3)").items():
-        notebook = new_notebook(cells=[new_code_cell(f'{SOURCE}\n{last}' if name == 'browser' else f'from captcha_hrnet.widget import TrainingView\n{last}')])
+    for name, code in notebooks.items():
+        notebook = new_notebook(cells=[new_code_cell(code)])
         notebook.metadata.kernelspec = dict(name='python3', display_name='Python 3')
         nbformat.write(notebook, folder / f'{name}.ipynb')
     quiet = folder / 'SETTINGS_DIR/@jupyterlab/apputils-extension/notification.jupyterlab-settings'
@@ -191,6 +191,12 @@ def server(tmp_path_factory):
     finally:
         process.terminate()
         process.wait(30)
+
+
+@pytest.fixture(scope='module')
+def server(tmp_path_factory):
+    training = "from captcha_hrnet.widget import TrainingView\nTrainingView('tiny.yaml', every=.3)"
+    with serving(tmp_path_factory.mktemp('server'), dict(browser=f'{SOURCE}\nBrowser(a, b)', training=training)) as served: yield served
 
 
 def open_notebook(browser, server, front_end, name):
