@@ -114,7 +114,7 @@ class RepHRNet(nn.Module):
         modules: tuple[int, int, int] = (2, 4, 2),           # modules of stages 2, 3 and 4
         channels: tuple[int, ...] = (40, 80, 160, 320),      # of the branches, finest first
         sizes: tuple = ((3,), (3,), (5, 3), (5, 3)),         # of the branches' depthwise kernels
-        stem_channels: int = 24,                             # at stride 2
+        stem_channels: int = 16,                             # at stride 2
         in_channels: int = 4,                                # 3 for RGB, 4 with the validity mask
     ):
         super().__init__()

@@ -133,7 +133,7 @@ def test_separable_layers_do_not_mix_what_they_should_not():
 
 def test_every_parameter_learns_in_a_training_step():
     config = load_config(ROOT/'configs'/'fast.yaml', ['train.amp=off', 'hardware.device=cpu', 'train.batch_size=2', 'data.input_height=64', 'data.input_width=64'])
-    assert (config.model.name, config.model.neck_channels, config.optimizer.lr) == ('rep_hrnet_18', 48, load_config(ROOT/'configs'/'training_config.yaml').optimizer.lr)
+    assert (config.model.name, config.model.neck_channels, config.optimizer.lr) == ('rep_hrnet_18', 32, load_config(ROOT/'configs'/'training_config.yaml').optimizer.lr)
     model = create_lite_hrnet_18_fpn(config.model).train()
     sum(value.square().mean() for name, value in model(pictures()).items() if name != 'valid').backward()
     assert not [name for name, p in model.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()]
