@@ -11,7 +11,7 @@ from torch import nn
 from captcha_hrnet.config import UserError, load_config
 from captcha_hrnet.engine import TrainingEngine
 from captcha_hrnet.model import BACKBONES, create_backbone, create_lite_hrnet_18_fpn, load_model
-from captcha_hrnet.twin import RepConv, RepHRNet, RepModule, fold_branches, folded, rep_separable
+from captcha_hrnet.twin import RepConv, RepHRNet, RepModule, folded, rep_separable
 from toys import batch_of
 
 ROOT = Path(__file__).parents[1]
@@ -48,7 +48,7 @@ def test_branches_fold_into_one_convolution(seed, sizes, groups, each, widens, s
     torch.manual_seed(seed)
     rep = some_training(RepConv(groups*each, groups*each*(1 + widens), sizes[:1] if stride > 1 else sizes, stride, groups, relu), seed, quiet=True)
     x = torch.randn(2, groups*each, height, width)
-    one = fold_branches(rep)
+    one = rep.fold()
     assert sum(isinstance(module, nn.Conv2d) for module in one.modules()) == 1
     assert relative_error(one(x), rep(x)) < 1e-5
 
@@ -106,9 +106,9 @@ def test_a_fold_that_forgets_is_seen():
     careless = copy.deepcopy(rep)
     for _, norm in careless.convs: norm.eps = 0.
     with torch.no_grad():
-        assert relative_error(fold_branches(careless)(x), rep(x)) > .01
+        assert relative_error(careless.fold()(x), rep(x)) > .01
         assert relative_error(copy.deepcopy(rep).train()(x), rep(x)) > .01
-    with pytest.raises(AssertionError, match='eval'): fold_branches(rep.train())
+    with pytest.raises(AssertionError, match='eval'): rep.train().fold()
 
 
 def test_a_norm_that_stands_alone_is_refused():
