@@ -23,6 +23,7 @@ from .data import DataPipeline, loader_speed
 from .engine import TrainingEngine
 from .model import create_lite_hrnet_18_fpn
 from .synth import CaptchaSynth, find_preset, write_dataset
+from .twin import folded
 
 # %% ../nbs/12_bench.ipynb #a4ff1418
 @dataclass
@@ -124,15 +125,17 @@ def infer_variants(
     config: Config,    # its model, input size and device
     seconds: float,    # each round
 ) -> dict[str, Callable[[], float]]:
-    "Prediction by batch size and memory format; in half precision too where a GPU makes that fast."
+    "Prediction by batch size and memory format, as trained and folded; in half precision too where a GPU makes that fast."
     device = pick_device(config.hardware.device)
     precisions = {'float32': None} | ({'bf16': torch.bfloat16} if device.type == 'cuda' else {})
-    return {f'batch {batch}, {name}, {kind}': partial(repeated, _predicting(config, device, batch, memory, dtype), seconds, device)
+    contiguous, last = torch.contiguous_format, torch.channels_last
+    return {f'batch {batch}, {name}, {kind}': partial(repeated, _predicting(config, device, batch, memory, dtype, fold), seconds, device)
             for batch in ((1, 32) if device.type == 'cpu' else (1, 32, 256)) for kind, dtype in precisions.items()
-            for name, memory in (('contiguous', torch.contiguous_format), ('channels-last', torch.channels_last))}
+            for name, memory, fold in (('contiguous', contiguous, False), ('channels-last', last, False), ('channels-last, folded', last, True))}
 
-def _predicting(config, device, batch, memory, dtype) -> Callable[[], int]:
-    model = create_lite_hrnet_18_fpn(config.model).eval().to(device, memory_format=memory)
+def _predicting(config, device, batch, memory, dtype, fold) -> Callable[[], int]:
+    model = create_lite_hrnet_18_fpn(config.model)
+    model = (folded(model) if fold else model.eval()).to(device, memory_format=memory)
     image = _pictures(config, batch, device).contiguous(memory_format=memory)
     @torch.inference_mode()
     def predict():

@@ -265,7 +265,7 @@ class DataConfig(Section):
 
 class ModelConfig(Section):
     "The network and how its maps are decoded"
-    name: Literal["lite_hrnet_18", "lite_hrnet_30", "naive_lite_hrnet_18"] = "lite_hrnet_18"   # backbone
+    name: Literal["lite_hrnet_18", "lite_hrnet_30", "naive_lite_hrnet_18", "rep_hrnet_18"] = "lite_hrnet_18"   # backbone
     in_channels: Annotated[int, Field(ge=3, le=4)] = 4   # 4: RGB and the validity mask; 3: RGB alone
     neck_channels: Annotated[int, Field(ge=8, le=1024)] = 64   # common width of LiteFPN
     neck_separable: bool = True                   # depthwise-separable 3×3 (true) or dense 3×3 in the neck

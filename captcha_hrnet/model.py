@@ -15,6 +15,7 @@ __all__ = ['BACKBONES', 'HEATMAP_BIAS', 'ROW_SIGMA_PX', 'ConvUnit', 'channel_shu
 import re
 from collections import Counter
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from .config import Section, UserError, check_tree
 from .geometry import HeatmapCodec
+from .twin import RepHRNet
 
 # %% ../nbs/04_model.ipynb #0a6b3a89
 class ConvUnit(nn.Module):
@@ -306,31 +308,34 @@ def load_backbone_weights(
     "Load published weights whole or not at all; input filters of channels that the file does not know become zero."
     source = weights if isinstance(weights, (str, Path)) else 'weights'
     found = backbone_tensors(read_state_dict(weights) if isinstance(weights, (str, Path)) else weights)
-    own, first = backbone.state_dict(), 'stem.conv1.conv.weight'
+    own = backbone.state_dict()
+    first = next(iter(own))  # the filters that read the picture
     if first in found and found[first].ndim == 4 and (extra := own[first].shape[1] - found[first].shape[1]) > 0:
         found[first] = F.pad(found[first], (0, 0, 0, 0, 0, extra))
     faults = {'missing': [key for key in own if key not in found], 'unexpected': [key for key in found if key not in own],
               'mis-shaped': [key for key in own if key in found and own[key].shape != found[key].shape]}
     if any(faults.values()):
         parts = [f"{len(keys)} {fault} ({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})" for fault, keys in faults.items() if keys]
-        raise UserError(f"{source}: not this backbone's weights: {'; '.join(parts)}")
+        published = '; published weights fit Lite-HRNet alone, this one starts from its own or from scratch' if isinstance(backbone, RepHRNet) else ''
+        raise UserError(f"{source}: not this backbone's weights: {'; '.join(parts)}{published}")
     backbone.load_state_dict(found)
     return backbone
 
 # %% ../nbs/04_model.ipynb #dfbc758e
 BACKBONES = {
-    'lite_hrnet_18': dict(modules=(2, 4, 2), channels=(40, 80, 160, 320)),
-    'lite_hrnet_30': dict(modules=(3, 8, 3), channels=(40, 80, 160, 320)),
-    'naive_lite_hrnet_18': dict(modules=(2, 4, 2), channels=(30, 60, 120, 240), naive=True)}
+    'lite_hrnet_18': partial(LiteHRNet, modules=(2, 4, 2), channels=(40, 80, 160, 320)),
+    'lite_hrnet_30': partial(LiteHRNet, modules=(3, 8, 3), channels=(40, 80, 160, 320)),
+    'naive_lite_hrnet_18': partial(LiteHRNet, modules=(2, 4, 2), channels=(30, 60, 120, 240), naive=True),
+    'rep_hrnet_18': partial(RepHRNet, modules=(2, 4, 2), channels=(40, 80, 160, 320))}
 
 def create_backbone(
     name: str,             # a key of `BACKBONES`
     in_channels: int = 4,  # 3 for RGB, 4 with the validity mask
-    weights=None,          # path or state dict in the reference's key names; None starts from scratch
-) -> LiteHRNet:
+    weights=None,          # path or state dict: of this library, or in the reference's key names; None starts from scratch
+) -> LiteHRNet | RepHRNet:
     "A backbone that returns its four branch maps."
     if name not in BACKBONES: raise UserError(f"model.name: no backbone {name!r}; allowed: {', '.join(BACKBONES)}")
-    backbone = initialise(LiteHRNet(**BACKBONES[name], in_channels=in_channels))
+    backbone = initialise(BACKBONES[name](in_channels=in_channels))
     return backbone if weights is None else load_backbone_weights(backbone, weights)
 
 # %% ../nbs/04_model.ipynb #48e2e829
@@ -401,7 +406,7 @@ HEATMAP_BIAS = -2.19  # sigmoid(-2.19) = 0.1: what every cell is believed to be 
 class CaptchaKeypointNet(nn.Module):
     "Lite-HRNet + LiteFPN + CenterNet heads: gap and slider heat maps and offsets at stride 4."
     def __init__(self,
-        backbone: LiteHRNet,            # returns four maps
+        backbone: LiteHRNet | RepHRNet, # returns four maps
         neck_channels: int = 64,        # width of the pyramid
         neck_separable: bool = True,    # light 3×3 layers in pyramid and heads
         head_channels: int = 64,        # hidden width of each head

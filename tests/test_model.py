@@ -16,7 +16,7 @@ from captcha_hrnet.model import (BACKBONES, CaptchaKeypointNet, CrossResolutionW
                                  channel_shuffle, create_backbone, create_lite_hrnet_18_fpn, dark_offset, load_model, model_table)
 
 REFERENCE = Path(__file__).parent/'data'/'reference'
-PARAMETERS = {'lite_hrnet_18': 1_054_032, 'lite_hrnet_30': 1_686_980, 'naive_lite_hrnet_18': 715_708}
+PARAMETERS = {'lite_hrnet_18': 1_054_032, 'lite_hrnet_30': 1_686_980, 'naive_lite_hrnet_18': 715_708, 'rep_hrnet_18': 777_464}
 DECODERS = ('offset', 'soft_argmax', 'dark')
 
 torch.set_num_threads(1)
@@ -70,7 +70,7 @@ def test_parity_in_channels_last():
 def test_parameter_counts(name):
     backbone = create_backbone(name, in_channels=3)
     assert sum(p.numel() for p in backbone.parameters()) == PARAMETERS[name]
-    assert sum(p.numel() for p in create_backbone(name).parameters()) == PARAMETERS[name] + 32*9
+    assert sum(p.numel() for p in create_backbone(name).parameters()) == PARAMETERS[name] + (16 if name == 'rep_hrnet_18' else 32)*9
 
 
 def test_batch_norms_are_the_references():

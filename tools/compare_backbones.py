@@ -1,0 +1,106 @@
+"""The twin against Lite-HRNet, in one run: `python tools/compare_backbones.py speed accuracy --seeds 0 1`. It writes nbs/backbones.json, which the notebook
+"twin" draws. Speed needs onnx, onnxruntime and openvino, and three minutes; accuracy trains every backbone for every seed, half an hour."""
+import argparse, json, resource, subprocess, sys, tempfile, time, warnings
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import openvino
+import torch
+from torch import nn
+
+from captcha_hrnet.bench import compare, machine, repeated, train_variants
+from captcha_hrnet.config import load_config
+from captcha_hrnet.model import OperationCounter, create_lite_hrnet_18_fpn, model_table
+from captcha_hrnet.twin import folded
+
+ROOT, FILE = Path(__file__).parents[1], Path(__file__).parents[1]/"nbs"/"backbones.json"
+BACKBONES = {"lite_hrnet_18": [], "naive_lite_hrnet_18": ["model.name=naive_lite_hrnet_18"],
+             "rep_hrnet_18": [f"model.{key}={value}" for key, value in load_config(ROOT/"configs"/"fast.yaml").model if key in ("name", "neck_channels", "head_channels")]}
+EPOCHS = 5   # of the quickstart, instead of eight
+
+class Maps(nn.Module):
+    "The network from a picture in [0, 1] to its maps, as runtimes take it."
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, image):
+        features = self.model.neck(self.model.backbone(image))
+        return tuple(head(features) for head in self.model.heads.values())
+
+def runtimes(model) -> dict:  # runtime -> a function that predicts one picture of 256×512 px on one thread
+    image = np.random.default_rng(0).random((1, 4, 256, 512), np.float32)
+    with tempfile.TemporaryDirectory() as folder:
+        file = f"{folder}/model.onnx"
+        torch.onnx.export(Maps(model), torch.from_numpy(image), file, dynamo=False)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        compiled = openvino.Core().compile_model(file, "CPU", dict(INFERENCE_NUM_THREADS=1, PERFORMANCE_HINT="LATENCY", INFERENCE_PRECISION_HINT="f32"))
+    name, request = session.get_inputs()[0].name, compiled.create_infer_request()
+    ours = [value.detach().numpy() for value in Maps(model)(torch.from_numpy(image))]
+    for theirs in (session.run(None, {name: image}), request.infer([image]).values()):
+        for a, b in zip(ours, theirs): assert np.abs(a - b).max() < 1e-3*np.abs(a).max(), "the runtime computes something else"
+    return {"ONNX Runtime": lambda: len(session.run(None, {name: image})[0]), "OpenVINO": lambda: len(request.infer([image])[0])}
+
+def training_kernels(model) -> int:
+    "Kernels of a forward and a backward pass in training mode."
+    with OperationCounter() as counter:
+        sum(value.square().mean() for name, value in model.train()(torch.zeros(2, 4, 64, 64)).items() if name != "valid").backward()
+    return counter.kernels.total()
+
+@torch.no_grad()
+def with_statistics(model):
+    "A fresh network whose norms know what they see; with those of a start values grow so far that float32 means little."
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d): module.momentum = 1.
+    model.train()(torch.rand(2, 4, 256, 512, generator=torch.Generator().manual_seed(0)))
+    return model
+
+def speed(rounds: int) -> dict:  # backbone -> what it holds and costs; ratios are rates against the first
+    rows, variants = {}, {"ONNX Runtime": {}, "OpenVINO": {}, "training step": {}}
+    for name, changes in BACKBONES.items():
+        config = load_config(ROOT/"configs"/"training_config.yaml", [*changes, "train.batch_size=2", "train.amp=off", "hardware.device=cpu"])
+        model = with_statistics(create_lite_hrnet_18_fpn(config.model))
+        use, parameters = folded(model), sum(p.numel() for p in model.parameters())
+        rows[name] = dict(parameters=parameters, macs=model_table(use)[-1]["macs"], kernels=model_table(use)[-1]["kernels"], training_kernels=training_kernels(model))
+        for kind, run in runtimes(use).items(): variants[kind][name] = partial(repeated, run, 1.)
+        variants["training step"][name] = train_variants(config, 1.)["as configured"]
+    for kind, of_kind in variants.items():
+        for rate in compare(of_kind, rounds):
+            rows[rate.variant][kind] = dict(ms=round(1e3/rate.median, 1), fastest_ms=round(1e3/rate.high, 1), slowest_ms=round(1e3/rate.low, 1), ratio=round(rate.ratio, 2))
+    return rows
+
+def processor_seconds() -> float:  # of all commands that have ended
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+def trained(name: str, seed: int) -> dict:
+    "The best epoch's metrics of a short quickstart."
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "captcha_hrnet.train", "--config", str(ROOT/"configs"/"quickstart.yaml"), "--set", *BACKBONES[name], f"seed={seed}",
+                   f"sched.epochs={EPOCHS}", f"logging.log_dir={folder}/logs", f"logging.tensorboard_dir={folder}/tensorboard", f"checkpoints.save_dir={folder}/checkpoints"]
+        start, before = time.perf_counter(), processor_seconds()
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        seconds, spent = time.perf_counter() - start, processor_seconds() - before
+        epochs = [json.loads(line)["val"] for line in open(f"{folder}/logs/log-quickstart/metrics.jsonl")]
+    best = max(epochs, key=lambda metrics: (metrics["hit_le_5px"], -metrics["mae_px"]))
+    kept = {key: round(best[key], 2) for key in ("hit_le_5px", "hit_le_1px", "mae_px", "median_px", "slide_hit_le_5px")}
+    return kept | dict(seed=seed, seconds=round(seconds), processor_seconds=round(spent))
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", nargs="+", choices=("speed", "accuracy"))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--rounds", type=int, default=9)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", module="torch.onnx")
+    found = json.loads(FILE.read_text()) if FILE.exists() else {}
+    if "speed" in args.what: found["speed"] = dict(machine=machine() | dict(onnxruntime=onnxruntime.__version__, openvino=openvino.__version__), rows=speed(args.rounds))
+    if "accuracy" in args.what: found["accuracy"] = dict(epochs=EPOCHS, rows={name: [trained(name, seed) for seed in args.seeds] for name in BACKBONES})
+    FILE.write_text(json.dumps(found, indent=1) + "\n")
+
+if __name__ == "__main__": main()
