@@ -171,7 +171,6 @@ def settled(
 
 def _settle(module: nn.Module, orders: list) -> list:
     "The blocks and the fusion of one module; the branches' orders after it."
-    before = orders
     for number in range(len(module.layers[0] if module.naive else module.layers)):
         if module.naive:
             for units, order in zip(module.layers, orders): units[number] = WholeUnit(units[number], order)
@@ -181,7 +180,6 @@ def _settle(module: nn.Module, orders: list) -> list:
         for source, path in enumerate(paths):
             if source == target: continue
             _read_from(path, orders[source]); _write_to(path, orders[target])
-    assert len(before) == len(orders)
     return orders
 
 # %% ../nbs/14_export.ipynb #e90400b3
@@ -473,12 +471,12 @@ def export(
     count: int = 100,          # pictures to check with
 ) -> str:                      # what was found, a line
     "Export, check, and only then write."
+    chosen = calibration(data) if int8 else []
     content = to_onnx(model, form, opset)
     largest = check(content, model, form, check_pictures(count))
     says = f'the same as PyTorch on {count} pictures: largest difference ' + ', '.join(f'{px:.1e} px in {runtime}' for runtime, px in largest.items())
     if int8:
-        synth, eight = CaptchaSynth(SynthConfig(), 2, 'val'), quantised(model, form, opset, calibration(data))
-        for runtime in RUNTIMES: runner(eight, runtime)(next(inputs_for(model, form, check_pictures(1))))   # it runs
+        synth, eight = CaptchaSynth(SynthConfig(), 2, 'val'), quantised(model, form, opset, chosen)
         cost = price(model, form, dict(float32=content, int8=eight), [synth.draw(number) for number in range(count)])
         says = (f'int8: points move by {cost["moved_median_px"]:.2f} px (median; 95 % by less than {cost["moved_p95_px"]:.2f} px), mean error on {count} drawn captchas '
                 f'{cost["mae_px"]["float32"]:.2f} → {cost["mae_px"]["int8"]:.2f} px; {int8_time(model, form, content, eight)}. Before: float32 was {says}')
@@ -486,12 +484,16 @@ def export(
     write_file(out, content)
     return f'{out}: {form}, {len(content)/1e6:.1f} MB; {says}'
 
-def int8_time(model, form: str, content: bytes, eight: bytes) -> str:
-    "How the two compare in time, one thread, one picture."
+def int8_time(
+    model: nn.Module, form: str,
+    content: bytes, eight: bytes,   # the files in float32 and int8
+    seconds: float = .3,            # each round
+) -> str:                           # in words
+    "How the two compare in time, one thread, one picture; both run in both runtimes."
     image, said = next(inputs_for(model, form, check_pictures(1))), []
     for runtime in RUNTIMES:
         def step(run): run(image); return 1
-        runs = {name: partial(repeated, partial(step, runner(file, runtime, 1)), .3) for name, file in (('float32', content), ('int8', eight))}
+        runs = {name: partial(repeated, partial(step, runner(file, runtime, 1)), seconds) for name, file in (('float32', content), ('int8', eight))}
         said.append(f'{compare(runs, 3)[1].ratio:.2f} × float32 in {runtime}')
     return 'speed ' + ', '.join(said)
 

@@ -215,15 +215,16 @@ def _answer(self: Predictor, waiting: list):
     "Fill in the answers of some pictures."
     if not waiting: return
     images, boxes = letterboxed([prediction.pixels for prediction in waiting], self.size, self.model.in_channels)
-    try: found = self.model.decode_predictions(outputs_of(self.model, images.to(self.device), self.flip))
+    try: outputs = outputs_of(self.model, images.to(self.device), self.flip)
     except torch.OutOfMemoryError: raise UserError(f'out of memory: a smaller batch size than {self.batch_size} may fit') from None
-    found = {name: value.cpu() for name, value in found.items()}
+    sound = torch.stack([outputs[name].flatten(1).isfinite().all(1) for name in ('gap_heatmap', 'slider_heatmap', 'offsets')]).all(0)
+    found = {name: value.cpu() for name, value in (self.model.decode_predictions(outputs) | dict(sound=sound)).items()}
     for row, (prediction, box) in enumerate(zip(waiting, boxes)): self._fill(prediction, box, {name: value[row] for name, value in found.items()})
 
 def _fill(self: Predictor, prediction: Prediction, box: Tensor, found: dict):
     "The answer for one picture, in its own pixels."
-    if not all(value.isfinite().all() for value in found.values()):
-        prediction.error = f'{prediction.image}: the network answers with numbers that are not finite'
+    if not found['sound']:
+        prediction.error = f'{prediction.image}: the network answers with numbers that are not finite: its weights are damaged'
         return
     for name in ('gap', 'slider'):
         score, points = found[f'{name}_score'].item(), unletterbox(found[f'{name}_candidates'], box).tolist()
