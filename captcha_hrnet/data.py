@@ -8,10 +8,10 @@ __all__ = ['MAX_SIDE', 'MIN_SIDE', 'FORMATS', 'MAX_LINE', 'MAX_FLAGS', 'log', 'O
            'TrainBatches', 'EvalBatches', 'DataPipeline', 'loader_speed', 'read_coco', 'write_coco', 'main']
 
 # %% ../nbs/03_data.ipynb #67d12a1e
-import glob, hashlib, itertools, json, logging, os, posixpath, re, reprlib, shutil, time
+import glob, hashlib, io, itertools, json, logging, os, posixpath, re, reprlib, shutil, time
 from array import array
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 try: import fcntl
@@ -46,18 +46,25 @@ def _decode(image: Image.Image) -> np.ndarray:
     return np.asarray(image.convert('RGB'))
 
 def read_image(
-    path,          # of a file in one of `FORMATS`; of several frames the first is taken
+    source,        # path of a file in one of `FORMATS`, its bytes, or a `PIL.Image`; of several frames the first is taken
+    name=None,     # what messages call it; None: its path
 ) -> np.ndarray:   # uint8 [height, width, 3], RGB, sides of 16 to 4096 px
     "Read a picture; a `UserError` says what is wrong with one that can't be read."
-    if not os.path.isfile(path): raise UserError(f'{path}: no such file')
+    name, of_file = source if name is None else name, not isinstance(source, (bytes, Image.Image))
+    if of_file and not os.path.isfile(source): raise UserError(f'{name}: no such file')
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with _opened(source) as image:
             if not MIN_SIDE <= min(image.size) <= max(image.size) <= MAX_SIDE:
-                raise UserError(f'{path}: {image.size[0]}×{image.size[1]} px; sides of {MIN_SIDE} to {MAX_SIDE} px are allowed')
+                raise UserError(f'{name}: {image.size[0]}×{image.size[1]} px; sides of {MIN_SIDE} to {MAX_SIDE} px are allowed')
             return _decode(image)
     except UserError: raise
     except Exception as error:   # a damaged file can lead Pillow's decoders to raise anything
-        raise UserError(f'{path}: not a readable picture ({error})') from None
+        raise UserError(f'{name}: not a readable picture ({error})') from None
+
+def _opened(source):
+    "A context with the open picture; one that was open before stays so."
+    if isinstance(source, Image.Image): return nullcontext(source)
+    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
 
 # %% ../nbs/03_data.ipynb #091c9739
 _short = reprlib.Repr(); _short.maxstring = _short.maxother = 100   # values in messages

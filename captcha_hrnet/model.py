@@ -567,9 +567,9 @@ def decode_outputs(
     slider_scores, sliders = decode_points(outputs['slider_heatmap'], offsets[:, 2:4], valid, codec, decode, top_k)
     gap, slider = torch.zeros_like(gaps[:, 0, 0]).long(), torch.zeros_like(gaps[:, 0, 0]).long()
     if same_row: gap, slider = best_pair(gap_scores, gaps, slider_scores, sliders, ROW_SIGMA_PX)
-    batch = torch.arange(len(gaps), device=gaps.device)
-    return dict(gap_coords=gaps[batch, gap], slider_coords=sliders[batch, slider],
-                gap_score=gap_scores[batch, gap], slider_score=slider_scores[batch, slider],
+    def pick(points, best): return points.gather(1, best[:, None, None].expand(-1, 1, 2))[:, 0]
+    return dict(gap_coords=pick(gaps, gap), slider_coords=pick(sliders, slider),
+                gap_score=gap_scores.gather(1, gap[:, None])[:, 0], slider_score=slider_scores.gather(1, slider[:, None])[:, 0],
                 gap_candidates=gaps, gap_candidate_scores=gap_scores,
                 slider_candidates=sliders, slider_candidate_scores=slider_scores)
 
