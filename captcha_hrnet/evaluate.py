@@ -6,10 +6,10 @@
 __all__ = ['COLUMNS', 'INK', 'SERIES', 'CHART', 'REPORT_CSS', 'PAGES', 'BROWSER_BYTES', 'open_data', 'copy_coco', 'label_values',
            'width_groups', 'groups_of', 'Evaluation', 'checkpoint_config', 'evaluate', 'show', 'group_lines',
            'paired_test', 'chart', 'error_histogram', 'error_curve', 'shorter', 'render', 'span', 'cell', 'html_table',
-           'group_table', 'pictured_answer', 'lead_sentences', 'verdict', 'worst_answers', 'evaluation_page',
-           'metric_rows', 'comparison_table', 'write_report', 'main']
+           'group_table', 'pictured_answer', 'lead_sentences', 'p_text', 'verdict', 'worst_answers', 'evaluation_page',
+           'metric_rows', 'comparison_table', 'write_report', 'short_names', 'main']
 
-# %% ../nbs/13_evaluate.ipynb #a896b815
+# %% ../nbs/13_evaluate.ipynb #9b04cbc4
 import json, logging, re, shutil, tempfile
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ from .train import metrics_table, plain
 from .validator import Validator, group_metrics, metrics_of
 from .widget import CSS, Predictions, data_uri, html_page, legend, marks_of, svg
 
-# %% ../nbs/13_evaluate.ipynb #acdf00ac
+# %% ../nbs/13_evaluate.ipynb #37685d56
 @contextmanager
 def open_data(
     data,                          # folder that holds the split's folder, or a COCO keypoints JSON file
@@ -46,8 +46,24 @@ def open_data(
     if not Path(data).is_file(): yield CaptchaDataset(data, split, **how)
     else:
         with tempfile.TemporaryDirectory() as root:
-            copy_coco(data, Path(images or Path(data).parent), Path(root)/split)
-            yield CaptchaDataset(root, split, **how)
+            images, folder = Path(images or Path(data).parent), Path(root)/split
+            copy_coco(data, images, folder)
+            with _named(folder, data, images) as name: dataset = name(CaptchaDataset(root, split, **how))
+            yield dataset
+
+@contextmanager
+def _named(copy: Path, data, images):
+    "What is wrong with a copy, told of what was copied."
+    log, told = logging.getLogger('captcha_hrnet'), lambda text: text.replace(f'{copy}/labels.jsonl', str(data)).replace(f'{copy}/', f'{images}/')
+    def name(dataset):
+        dataset.labels.rejected = [(number, told(reason)) for number, reason in dataset.labels.rejected]
+        for number, reason in dataset.labels.rejected: log.warning('%s: picture %d is left out: %s', data, number, reason)
+        return dataset
+    silence = lambda record: not record.getMessage().startswith(str(copy))   # of a rejected.jsonl that is gone in a moment
+    log.addFilter(silence)
+    try: yield name
+    except UserError as error: raise UserError(told(str(error))) from None
+    finally: log.removeFilter(silence)
 
 def copy_coco(path, images: Path, folder: Path):
     "Labels and pictures of a COCO file in the library's layout; pictures are judged by who reads them next."
@@ -59,7 +75,7 @@ def copy_coco(path, images: Path, folder: Path):
         target.parent.mkdir(parents=True, exist_ok=True)
         if (images/record['image']).is_file(): shutil.copyfile(images/record['image'], target)
 
-# %% ../nbs/13_evaluate.ipynb #dfde291e
+# %% ../nbs/13_evaluate.ipynb #f1287024
 def label_values(
     dataset: CaptchaDataset,
     key: str,                 # of the label lines
@@ -82,7 +98,7 @@ def width_groups(
     members = [place == k for k in range(len(edges) - 1)]
     return {f'{widths[m].min()} to {widths[m].max()} px': m for m in members if m.any()}
 
-# %% ../nbs/13_evaluate.ipynb #03ed8427
+# %% ../nbs/13_evaluate.ipynb #3d33325c
 def groups_of(
     dataset: CaptchaDataset,
     flags: dict,   # name -> bool [N], as `Predictions.flags`
@@ -94,7 +110,7 @@ def groups_of(
     by_shape = {name: np.array([shape == name for shape in shapes]) for name in sorted({shape for shape in shapes if isinstance(shape, str)})}
     return dict(flag=({'no flag': plain_ones} if plain_ones.any() else {}) | flags, width=width_groups(widths), shape=by_shape)
 
-# %% ../nbs/13_evaluate.ipynb #fe688bd9
+# %% ../nbs/13_evaluate.ipynb #46bc74b3
 @dataclass
 class Evaluation:
     "A model's answers on a data set and their metrics."
@@ -134,7 +150,7 @@ def evaluate(
               for kind, masks in groups_of(dataset, predictions.flags).items()}
     return Evaluation(name, predictions, metrics, groups, sorted(dataset.labels.rejected))
 
-# %% ../nbs/13_evaluate.ipynb #36ea48f8
+# %% ../nbs/13_evaluate.ipynb #7dafff32
 COLUMNS = dict(mae_px='mean px', median_px='median px', hit_le_1px='≤ 1 px', hit_le_2px='≤ 2 px', hit_le_5px='≤ 5 px', slide_hit_le_5px='slide ≤ 5 px')
 
 def show(
@@ -152,7 +168,7 @@ def group_lines(evaluation: Evaluation) -> str:
             lines.append(f'{f"{kind} {name}" if kind != "flag" else name:22} {metrics["n"]:6} ' + ' '.join(f'{show(metrics, key):>12}' for key in COLUMNS))
     return '\n'.join(lines)
 
-# %% ../nbs/13_evaluate.ipynb #fd2eb4b5
+# %% ../nbs/13_evaluate.ipynb #c486a9e5
 def _parts(count: int, samples: int):
     "`count` resamples in parts that fit into memory."
     size = max(1, 10**6//samples)
@@ -177,7 +193,7 @@ def paired_test(
         return dict(difference=float(seen[name]), interval=np.percentile(differences, [2.5, 97.5]).tolist(), p=float(p))
     return {name: one(name) for name in seen}
 
-# %% ../nbs/13_evaluate.ipynb #e6e2face
+# %% ../nbs/13_evaluate.ipynb #ef6de593
 INK, SERIES = '#010203', ('#010211', '#010212', '#010213', '#010214')   # stand-ins for colours that the page decides on
 CHART = {'svg.fonttype': 'none', 'font.family': 'sans-serif', 'font.size': 9, 'axes.titlesize': 9, 'axes.spines.top': False, 'axes.spines.right': False, 'legend.frameon': False,
          'figure.constrained_layout.use': True} | dict.fromkeys(('text.color', 'axes.labelcolor', 'axes.edgecolor', 'xtick.color', 'ytick.color', 'grid.color'), INK)
@@ -234,7 +250,7 @@ def shorter(name: str, most: int = 28) -> str:
     "The end of a long name."
     return name if len(name) <= most else '…' + name[1 - most:]
 
-# %% ../nbs/13_evaluate.ipynb #1f4e2f45
+# %% ../nbs/13_evaluate.ipynb #be91bcb7
 REPORT_CSS = CSS + """
 :root { color-scheme: light dark; --ground: #fff; --text: #1b1b1f; --soft: #5a5a66; --line: #c9c9d2; --panel: #f4f5f8; --accent: #0b57d0; --c0: #0072b2; --c1: #c14a00; --c2: #007a5a; --c3: #a04479; }
 @media (prefers-color-scheme: dark) { :root { --ground: #17181c; --text: #ececf1; --soft: #b4b4c0; --line: #44454f; --panel: #212329; --accent: #9ec1ff; --c0: #56b4e9; --c1: #ff9e4a; --c2: #3fcf9f; --c3: #e58fc0; } }
@@ -246,7 +262,8 @@ a { color: var(--accent); } p, li { max-width: 46em; overflow-wrap: anywhere; } 
 .charts { display: flex; flex-wrap: wrap; gap: 12px 28px; } .charts > figure { flex: 0 1 460px; min-width: 0; } .chart { width: 100%; height: auto; display: block; }
 figure { margin: 8px 0; } figcaption { font-size: .85rem; color: var(--soft); overflow-wrap: anywhere; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(210px, 1fr)); gap: 14px; }
-.chv table { font-size: .9rem; } .chv td small { display: block; } .chv th { font-weight: 600; vertical-align: bottom; }
+.chv table { font-size: .9rem; } .chv td small { display: block; } .chv th { font-weight: 600; } .chv thead th { vertical-align: bottom; } .chv td, .chv th[scope=row] { vertical-align: top; }
+.chv th[scope=row] { position: sticky; left: 0; background: var(--ground); padding-left: 0; }
 iframe { width: 100%; height: 85vh; border: 1px solid var(--line); border-radius: 6px; } summary { cursor: pointer; padding: 6px 0; font-weight: 600; }
 :focus-visible { outline: 3px solid var(--accent); outline-offset: 1px; }
 @media (max-width: 600px) { body { padding: 10px 12px 40px; } .pictures { grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 8px; } .chv th, .chv td { padding: 2px 7px; } }
@@ -267,7 +284,7 @@ def render(
     pages = jinja2.Environment(loader=jinja2.DictLoader(PAGES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return pages.get_template(name).render(css=Markup(REPORT_CSS), **values)
 
-# %% ../nbs/13_evaluate.ipynb #e14a9a32
+# %% ../nbs/13_evaluate.ipynb #fbb2157c
 def span(interval, digits: int = 1) -> str:   # [low, high], or nothing
     "An interval as text."
     return f'[{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]' if interval else ''
@@ -303,7 +320,7 @@ def pictured_answer(
     kinds = dict(truth=true, found=found) | ({} if other is None else dict(other=other))
     return Markup(svg([(data_uri(picture, 85, width), [0, 0, across, height], 1, False)], [0, 0, across, height], marks_of(kinds, max(across, 2*height)/30), says))
 
-# %% ../nbs/13_evaluate.ipynb #687d70e7
+# %% ../nbs/13_evaluate.ipynb #d7cdde4e
 PAGES['evaluation'] = """{% extends 'page' %}{% block body %}
 <h1>{{ title }}</h1>
 <div class="lead">{% for sentence in lead %}<p>{{ sentence }}</p>{% endfor %}</div>
@@ -332,18 +349,19 @@ def lead_sentences(e: Evaluation) -> list[str]:
     "The answer, in words."
     m = e.metrics
     hit = lambda key: f'{m[key]:.1f} % {span(m["interval"].get(key))}'.strip()
-    return [f'{hit("slide_hit_le_5px")} of the {m["n"]} captchas get a slide distance that is right within 5 px, {hit("slide_hit_le_2px")} within 2 px.',
+    return [f'{e.name}: {hit("slide_hit_le_5px")} of the {m["n"]} captchas get a slide distance that is right within 5 px, {hit("slide_hit_le_2px")} within 2 px.',
             f'Half of all answers are off by less than {m["median_px"]:.2f} px, one in twenty by more than {m["p95_px"]:.1f} px; the mean is {m["mae_px"]:.2f} px.']
+
+def p_text(p: float) -> str: return f'p = {p:.3f}' if p >= .001 else 'p < 0.001'
 
 def verdict(name: str, test: dict, first: str, second: str) -> str:
     "One metric of a paired test, in words."
-    better = (test['difference'] > 0) == ('hit' in name)
-    unit, what = ('points', 'more' if test['difference'] > 0 else 'fewer') if 'hit' in name else ('px', 'more' if test['difference'] > 0 else 'less')
-    size = f'{abs(test["difference"]):.2f} {unit} {what} than {first} in {name} (difference {span(test["interval"], 2)}, p = {test["p"]:.3f})'
-    clear = test['p'] < .05 and not test['interval'][0] <= 0 <= test['interval'][1]
-    return f'{second} is {"better" if better else "worse"}: {size}.' if clear else f'No difference can be told in {name}: {second} has {size}.'
+    unit = 'points' if 'hit' in name else 'px'
+    size = f'{test["difference"]:+.2f} {unit} {span(test["interval"], 2)}, {p_text(test["p"])}'
+    if test['p'] >= .05 or test['interval'][0] <= 0 <= test['interval'][1]: return f'In {name} the two cannot be told apart ({second} against {first}: {size}).'
+    return f'In {name}, {second} is {"better" if (test["difference"] > 0) == ("hit" in name) else "worse"} than {first}: {size}.'
 
-# %% ../nbs/13_evaluate.ipynb #1952075d
+# %% ../nbs/13_evaluate.ipynb #94f293cc
 BROWSER_BYTES = 6_000_000   # a larger browser is left out of the page
 
 def worst_answers(a: Evaluation, b: Evaluation | None, count: int) -> list:   # of (SVG, text)
@@ -384,21 +402,26 @@ def metric_rows(models: list) -> Markup:
 
 def comparison_table(a: Evaluation, b: Evaluation, test: dict) -> Markup:
     "Every metric of two models, and the paired test."
-    rows = [[key, show(a.metrics, key), show(b.metrics, key), Markup('{} <small>{}</small>').format(f'{t["difference"]:+.2f}', span(t['interval'], 2)), f'{t["p"]:.3f}'] for key, t in test.items()]
+    rows = [[key, show(a.metrics, key), show(b.metrics, key), Markup('{} <small>{}</small>').format(f'{t["difference"]:+.2f}', span(t['interval'], 2)), p_text(t['p'])[2:].removeprefix('= ')] for key, t in test.items()]
     return html_table(['', shorter(a.name), shorter(b.name), 'difference', 'p'], rows, 'Comparison')
 
-# %% ../nbs/13_evaluate.ipynb #b3d72c62
+# %% ../nbs/13_evaluate.ipynb #d84309bc
 def write_report(folder, page: str, values: dict, name: str):
     "`report.html` and the JSON file beside it."
     write_file(Path(folder)/'report.html', page.encode())
     write_file(Path(folder)/name, (json.dumps(values, indent=1, allow_nan=False) + '\n').encode())
 
-def _measure(stack, weights, device, where: dict, how: dict) -> Evaluation:
+def short_names(paths: list) -> list[str]:
+    "Of files: their names, if these differ."
+    names = [Path(path).name for path in paths]
+    return names if len({*names}) == len(names) else [str(path) for path in paths]
+
+def _measure(stack, weights, name, device, where: dict, how: dict) -> Evaluation:
     "Load a checkpoint, open the data at its input size, measure."
     model = load_model(weights, device)
     size = checkpoint_config(model, weights).data
     dataset = stack.enter_context(open_data(**where, input_width=size.input_width, input_height=size.input_height))
-    return evaluate(model, dataset, str(weights), device, **how)
+    return evaluate(model, dataset, name, device, **how)
 
 @cli
 def main(
@@ -421,9 +444,10 @@ def main(
     logging.basicConfig(format='%(message)s')
     where, how = dict(data=data, split=split, images=images, on_bad_sample=on_bad_sample), dict(batch_size=batch_size, workers=workers, resamples=resamples)
     with ExitStack() as stack:
-        a, b = (name and _measure(stack, name, pick_device(device, 'command line'), where, how) for name in (weights, compare))
+        paths = [path for path in (weights, compare) if path]
+        a, b = [*(_measure(stack, path, name, pick_device(device, 'command line'), where, how) for path, name in zip(paths, short_names(paths))), None][:2]
         test = b and paired_test(a.predictions.errors, b.predictions.errors, resamples)
-        values = dict(data=str(data), split=split, **a.to_dict(), **(dict(compare=b.to_dict(), difference=plain(test)) if b else {}))
+        values = dict(data=str(data), split=split, **a.to_dict() | dict(weights=weights), **(dict(compare=b.to_dict() | dict(weights=compare), difference=plain(test)) if b else {}))
         title = ' and '.join(e.name for e in (a, b) if e) + f' on {data}' + f'/{split}'*Path(data).is_dir()
         if out: write_report(out, evaluation_page(a, b, test, title), values, 'metrics.json')
     for e in (a, b):
@@ -432,6 +456,6 @@ def main(
     if out: print(f'report: {Path(out)/"report.html"}')
     print(json.dumps(values, allow_nan=False))
 
-# %% ../nbs/13_evaluate.ipynb #ee20e569
+# %% ../nbs/13_evaluate.ipynb #d507ae67
 #| eval: false
 if __name__ == '__main__': main()
