@@ -9,7 +9,7 @@ __all__ = ['STRENGTHS', 'SEEN', 'NOT_CONTRAST', 'HITS', 'EFFECTS', 'LITTLE', 'WO
            'example', 'audit', 'verdict', 'metric_words', 'sentence', 'best_levels', 'summary', 'cost_chart',
            'scatter_chart', 'curve_chart', 'level_table', 'pair_tables', 'audit_page', 'main']
 
-# %% ../nbs/15_audit.ipynb #7a139ec9
+# %% ../nbs/15_audit.ipynb #4d1ae792
 import difflib, itertools, json, logging
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -33,7 +33,7 @@ from .train import plain
 from .validator import group_metrics, sample_errors
 from .widget import legend, original_picture
 
-# %% ../nbs/15_audit.ipynb #24a24b5e
+# %% ../nbs/15_audit.ipynb #3c4b7f35
 STRENGTHS = .25, .5, .75, 1.   # from weak to as strong as it gets
 
 def with_factors(
@@ -56,7 +56,7 @@ def find_factors(
         raise UserError(f"--factors: value {name!r}: unknown factor{f', nearest: {close[0]}' if close else ''}; there are {', '.join(FACTORS)}, or all, or none")
     return found
 
-# %% ../nbs/15_audit.ipynb #f209671f
+# %% ../nbs/15_audit.ipynb #0fe04069
 SEEN = SynthConfig().min_visibility   # a gap below it counts as hard to see
 NOT_CONTRAST = 'rotation', 'decoy', 'strip', 'row_offset', 'overlap'   # their work on people is something else
 
@@ -79,7 +79,7 @@ def around(outline: np.ndarray, margin: float = .15) -> tuple:   # [N, 2] px; of
     room = margin*(high - low).max()
     return *(low - room), *(high + room)
 
-# %% ../nbs/15_audit.ipynb #cdceb2d9
+# %% ../nbs/15_audit.ipynb #114190e8
 class Level(Dataset):
     "Captchas of the generator with some factors, each beside itself without."
     def __init__(self,
@@ -127,7 +127,7 @@ def answers(
         if bar is not None: bar.update(len(batch['index']))
     return {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
 
-# %% ../nbs/15_audit.ipynb #e41be013
+# %% ../nbs/15_audit.ipynb #8e1a0b65
 def paired_points(
     before: np.ndarray, after: np.ndarray,   # bool [N]: the same captchas
 ) -> tuple:                                  # points lost, [low, high]: of a hundred
@@ -135,7 +135,7 @@ def paired_points(
     lost, gained, n = int((before & ~after).sum()), int((~before & after).sum()), len(before)
     middle, size = (lost - gained)/(n + 2), n + 2
     half = 1.96*np.sqrt(lost + gained + 1 - (lost - gained)**2/size)/size
-    return 100*(lost - gained)/n, [100*max(-1., middle - half), 100*min(1., middle + half)]
+    return float(100*(lost - gained)/n), [float(100*max(-1., middle - half)), float(100*min(1., middle + half))]
 
 def unpaired_points(
     one: np.ndarray, other: np.ndarray,   # bool [N], bool [M]: different captchas
@@ -144,9 +144,9 @@ def unpaired_points(
     rates, sizes = [(values.sum() + 1)/(len(values) + 2) for values in (one, other)], [len(values) + 2 for values in (one, other)]
     half = 1.96*np.sqrt(sum(rate*(1 - rate)/size for rate, size in zip(rates, sizes)))
     middle = rates[0] - rates[1]
-    return 100*(one.mean() - other.mean()), [100*max(-1., middle - half), 100*min(1., middle + half)]
+    return float(100*(one.mean() - other.mean())), [float(100*max(-1., middle - half)), float(100*min(1., middle + half))]
 
-# %% ../nbs/15_audit.ipynb #8ccf1fbf
+# %% ../nbs/15_audit.ipynb #9d2b312d
 HITS = tuple(f'{kind}hit_le_{t}px' for kind in ('slide_', '') for t in (5, 2, 1))   # what can be asked for
 
 def hits(
@@ -168,9 +168,10 @@ def level_row(
                same_place=len(like)/len(other), metrics=group_metrics(after, 200))
     if np.isnan(after['visibility']).any(): return row    # pictures without a generator's outline
     people, between = paired_points(before['visibility'] >= SEEN, after['visibility'] >= SEEN)
-    return row | dict(people=people, people_interval=between, seen=100*float((after['visibility'] >= SEEN).mean()), visibility=float(np.median(after['visibility'])))
+    return row | dict(people=people, people_interval=[max(0., between[0]), between[1]],   # the base can be seen: nothing can be gained
+                      seen=100*float((after['visibility'] >= SEEN).mean()), visibility=float(np.median(after['visibility'])))
 
-# %% ../nbs/15_audit.ipynb #62667caa
+# %% ../nbs/15_audit.ipynb #ab970abf
 def pair_row(
     names: tuple,                          # of two factors
     base, one, other, both: np.ndarray,    # bool [N]: hits without, with either, with both
@@ -183,7 +184,7 @@ def pair_row(
     alone = 100*(2*base.mean() - one.mean() - other.mean())
     return dict(factors=list(names), cost=cost, cost_interval=interval, sum=float(alone), excess=100*float(excess.mean()), excess_interval=(100*np.percentile(drawn, [2.5, 97.5])).tolist())
 
-# %% ../nbs/15_audit.ipynb #d71287c5
+# %% ../nbs/15_audit.ipynb #ac41aa67
 def clouded(image, strength, rng):
     "Perlin noise over the picture."
     image = image.copy()
@@ -235,7 +236,7 @@ def flag_rows(
         rows.append(dict(flag=name.removeprefix('has_'), n=int(has.sum()), hits=100*float(hit[has].mean()), without=int((~has).sum()), hits_without=100*float(hit[~has].mean()), cost=cost, cost_interval=interval))
     return sorted(rows, key=lambda row: -row['cost'])
 
-# %% ../nbs/15_audit.ipynb #497b801e
+# %% ../nbs/15_audit.ipynb #d01ebc9d
 @dataclass
 class Audit:
     "What was measured."
@@ -320,7 +321,7 @@ def audit(
         if own is not None: _measure_own(result, own, strengths, measure)
     return result
 
-# %% ../nbs/15_audit.ipynb #8aebb704
+# %% ../nbs/15_audit.ipynb #660f58b6
 LITTLE = 5   # points
 
 WORDS = dict(color_shift='Shifted colours', sensor_noise='Sensor noise', row_offset='A slider on another row', bright_edge='A bright edge', decoy='Decoy gaps', hollow='A hollow gap', strip='A strip for the slider',
@@ -344,7 +345,7 @@ def sentence(level: dict, metric: str) -> str:
     blind = ', as far as contrast tells' if level['factor'] in NOT_CONTRAST and verdict(level) == 'worth trying' else ''
     return f'{text}: {verdict(level)}{blind}.'
 
-# %% ../nbs/15_audit.ipynb #cdbeedf7
+# %% ../nbs/15_audit.ipynb #14f0f751
 def best_levels(audit: Audit) -> dict:   # factor -> level
     "Of each factor that is worth trying, the strength that surely costs the machine most; otherwise its strongest."
     worth = lambda levels: [level for level in levels if verdict(level) == 'worth trying']
@@ -354,30 +355,32 @@ def best_levels(audit: Audit) -> dict:   # factor -> level
 def _own_sentences(audit: Audit) -> list[str]:
     "The own pictures in words."
     own, metric = audit.own, metric_words(audit.settings['metric'])
-    out = [f'On your own {own["n"]} captchas the model reaches {own["hits"]:.0f} % {metric} {span(own["metrics"]["interval"].get(audit.settings["metric"]), 0)}.']
+    out = [f'Your own {own["n"]} captchas: the model gets {own["hits"]:.0f} % {span(own["metrics"]["interval"].get(audit.settings["metric"]), 0)} of them right ({metric}).']
     costly = [row for row in own['flags'] if row['cost_interval'][0] > 0]
     if costly: out.append('Among them it is worse on captchas with ' + ', '.join(f'{row["flag"]} ({row["cost"]:.0f} points {span(row["cost_interval"], 0)})' for row in costly) + '.')
     elif own['flags']: out.append('None of the flags in your labels makes a difference that so few captchas can show.')
+    costly = [level for level in own['levels'] if level['cost_interval'][0] > 0]
+    if costly: out.append('Laid over them, these cost the machine something: ' + ', '.join(f'{level["factor"]} at {level["strength"]:g} ({level["cost"]:.0f} points {span(level["cost_interval"], 0)})' for level in costly) + '.')
     return out
 
 def summary(audit: Audit) -> list[str]:   # sentences
     "What to do, and what is not known."
     metric, out = audit.settings['metric'], _own_sentences(audit) if audit.own else []
     if not audit.levels: return out
-    out.append(f'Without any counter-measure the model reaches {audit.base["hits"]:.0f} % {metric_words(metric)} {span(audit.base["metrics"]["interval"][metric], 0)} on {audit.settings["samples"]} generated captchas whose gaps can be seen.')
+    out.append(f'Without any counter-measure the model gets {audit.base["hits"]:.0f} % {span(audit.base["metrics"]["interval"][metric], 0)} of {audit.settings["samples"]} generated captchas right ({metric_words(metric)}); people can see the gap in all of them.')
     if audit.base['hits'] < 50: out.append('That is a weak model: there is little that it could lose, and an attacker would have a better one. Train longer before you decide anything.')
     best = best_levels(audit).values()
     chosen = {kind: [level for level in best if verdict(level) == kind] for kind in ('worth trying', 'costs people too', 'buys nothing', 'not decided')}
     out += [sentence(level, metric) for level in sorted(chosen['worth trying'], key=lambda level: -level['cost_interval'][0])]
     if not chosen['worth trying']: out.append('Nothing that was tested surely costs the machine more than 5 points and people less.')
     names = lambda levels: ', '.join(f'{level["factor"]} ({level["cost"]:.0f} {span(level["cost_interval"], 0)})' for level in levels)
-    for kind, text in (('costs people too', 'Costs the machine, but may cost people too, at full strength'), ('buys nothing', 'Buys nothing even at full strength'), ('not decided', f'Not decided by {audit.settings["samples"]} captchas, at full strength')):
+    for kind, text in (('costs people too', 'Costs the machine, but may cost people too, at full strength'), ('buys nothing', 'Buys nothing even at full strength'), ('not decided', f'Not decided by {audit.settings["samples"]} captchas (ask for more with --samples), at full strength')):
         if chosen[kind]: out.append(f'{text}: {names(chosen[kind])}.')
     unseen = [level['factor'] for level in best if audit.settings['trained_with'][level['factor']] == 0]
-    if unseen: out.append(f'The network never saw {", ".join(unseen)} in training. What they cost it may vanish once an attacker trains on them: train on a mixture that has them, and audit again.')
+    if unseen: out.append(f'The network never saw {", ".join(unseen)} in training. What they cost may vanish once an attacker trains on them: train on a mixture that has them, and audit again.')
     return out
 
-# %% ../nbs/15_audit.ipynb #5c2ba864
+# %% ../nbs/15_audit.ipynb #435c0b0f
 MACHINE, PEOPLE = SERIES[0], SERIES[1]
 
 @matplotlib.rc_context(CHART)
@@ -422,16 +425,17 @@ def curve_chart(name: str, levels: list, start: float) -> Markup:   # factor, it
     def line(middle, spans, colour, style, label):
         ends = np.abs(np.array([[middle[0]]*2, *spans]).T - middle)
         axes.errorbar(at, middle, ends, fmt=style, color=colour, capsize=2, lw=1.4, ms=4, label=label)
-    below = lambda top, interval: sorted((top - interval[0], top - interval[1]))
+    below = lambda top, interval: np.clip((top - interval[1], top - interval[0]), 0, 100)
     line([start] + [level['hits'] for level in levels], [below(start, level['cost_interval']) for level in levels], MACHINE, 'o-', 'machine hits')
     if 'people' in levels[0]: line([100] + [level['seen'] for level in levels], [below(100, level['people_interval']) for level in levels], PEOPLE, 's--', 'gap can be seen')
-    axes.set(xlabel=f'strength of {name}', ylabel='% of captchas', ylim=(-4, 106), xticks=at)
+    axes.set(xlabel=f'strength of {name}', ylabel='% of captchas', ylim=(-4, 106))
+    axes.set_xticks(at, [f'{strength:g}' for strength in at])
     axes.legend(fontsize=7, loc='lower left')
     return chart(figure, f'{name}: ' + '; '.join(f'at {level["strength"]:g} {level["hits"]:.0f} % hits' + (f', {level["seen"]:.0f} % visible' if 'seen' in level else '') for level in levels))
 
-# %% ../nbs/15_audit.ipynb #f55f28cd
+# %% ../nbs/15_audit.ipynb #550b1db0
 PAGES['audit'] = """{% extends 'page' %}
-{% macro strip(name) %}<div class="pictures">{% for strength, drawing in strips[name] %}<figure>{{ drawing }}<figcaption>{{ 'without' if not strength else 'strength %g' % strength }}</figcaption></figure>{% endfor %}</div>{% endmacro %}
+{% macro strip(name) %}<div class="pictures small">{% for strength, drawing in strips[name] %}<figure>{{ drawing }}<figcaption>{{ 'without' if not strength else 'strength %g' % strength }}</figcaption></figure>{% endfor %}</div>{% endmacro %}
 {% block body %}
 <h1>{{ title }}</h1>
 <div class="lead">{% for sentence in summary %}<p>{{ sentence }}</p>{% endfor %}</div>
@@ -440,14 +444,14 @@ PAGES['audit'] = """{% extends 'page' %}
 {% if flags %}<p>By what your labels say is in them; captchas with a flag against those without. Other things may differ between the two, so this shows where to look, not why.</p>{{ flags }}{% endif %}
 <p>And with effects laid over the finished pictures, each captcha against itself:</p>{{ own_table }}
 {{ legend }}
-{% for name, drawing in own_curves %}<h3>{{ name }}</h3><div class="charts"><figure>{{ drawing }}</figure></div>{{ strip('own ' + name) }}{% endfor %}{% endif %}
+{% for name, drawing in own_curves %}<h3>{{ name }}</h3><div class="factor"><figure>{{ drawing }}</figure>{{ strip('own ' + name) }}</div>{% endfor %}{% endif %}
 {% if factors %}<h2>What each factor costs</h2>
 <p>Each at the strength that the summary speaks of: the best one where it is worth trying, otherwise the strongest. The machine's cost is in points of {{ metric }}; people's in captchas of a hundred whose gap falls below what can be seen.</p>
 <div class="charts wide"><figure>{{ costs }}</figure><figure>{{ scatter }}<figcaption>From weak to strong. Above the dashed line the machine loses more than people do.</figcaption></figure></div>
 <h2>All strengths</h2>{{ table }}
 {% if pairs %}<h2>Two at once</h2><p>Both at strength {{ '%g' % pair_strength }}. Excess is what the pair costs beyond the sum of the two alone; below 0 they take the same captchas, or there was no more to take.</p>{{ pairs }}{% if matrix %}<p>Excess as a matrix; on the diagonal, the cost of each alone:</p>{{ matrix }}{% endif %}{% endif %}
 <h2>Factor by factor</h2><p>One captcha, the first that the model answers rightly without any factor, from weak to strong.</p>{{ legend }}
-{% for name, texts, drawing in factors %}<h3>{{ name }}</h3><p>{{ texts }}</p><div class="charts"><figure>{{ drawing }}</figure></div>{{ strip(name) }}{% endfor %}{% endif %}
+{% for name, texts, drawing in factors %}<h3>{{ name }}</h3><p>{{ texts }}</p><div class="factor"><figure>{{ drawing }}</figure>{{ strip(name) }}</div>{% endfor %}{% endif %}
 <h2>What this does not say</h2>
 <ul><li><strong>No people were asked.</strong> Visibility is the contrast along the gap's outline against its surroundings, and 0.8 the threshold below which the generator would draw a gap anew; similarity (SSIM) says how much the gap's
 surroundings changed. Neither knows what a turned piece, a false gap or another row asks of a person. Try what looks good here on people.</li>
@@ -478,7 +482,7 @@ def pair_tables(audit: Audit) -> tuple:   # of `Markup`: list, matrix
     matrix = html_table(['', *names], [[a, *(value(a, b) for b in names)] for a in names], 'Excess of each pair; the cost of each factor alone on the diagonal')
     return html_table(['', 'cost together', 'sum of costs', 'excess'], rows, 'Pairs'), matrix if len(names) > 2 else ''
 
-# %% ../nbs/15_audit.ipynb #26f2da41
+# %% ../nbs/15_audit.ipynb #8011ceba
 def _training_words(audit: Audit) -> str:
     "What the network knew, for the limits."
     known = audit.settings['trained_with']
@@ -505,7 +509,7 @@ def audit_page(
                   scatter=names and scatter_chart(audit), table=names and level_table(audit.levels, 'All factors at all strengths'), pairs=pairs, matrix=matrix, pair_strength=audit.settings['pair_strength'],
                   training=_training_words(audit), untested=', '.join(name for name in FACTORS if name not in names), count=count, expected=max(1, round(count/20)))
 
-# %% ../nbs/15_audit.ipynb #467ebef8
+# %% ../nbs/15_audit.ipynb #0aad599f
 def _strengths(text: str) -> tuple:
     "Rising numbers above 0, up to 1."
     try: values = tuple(float(part) for part in text.split(','))
@@ -546,6 +550,6 @@ def main(
         write_report(out, audit_page(result), result.to_dict(), 'audit.json')
     print(*summary(result), f'report: {Path(out)/"report.html"}', sep='\n')
 
-# %% ../nbs/15_audit.ipynb #c28e8202
+# %% ../nbs/15_audit.ipynb #019179cc
 #| eval: false
 if __name__ == '__main__': main()

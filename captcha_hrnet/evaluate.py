@@ -9,7 +9,7 @@ __all__ = ['COLUMNS', 'INK', 'SERIES', 'CHART', 'REPORT_CSS', 'PAGES', 'BROWSER_
            'group_table', 'pictured_answer', 'lead_sentences', 'p_text', 'verdict', 'worst_answers', 'evaluation_page',
            'metric_rows', 'comparison_table', 'write_report', 'short_names', 'main']
 
-# %% ../nbs/13_evaluate.ipynb #9b04cbc4
+# %% ../nbs/13_evaluate.ipynb #b36f5a03
 import json, logging, re, shutil, tempfile
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ from .train import metrics_table, plain
 from .validator import Validator, group_metrics, metrics_of
 from .widget import CSS, Predictions, data_uri, html_page, legend, marks_of, svg
 
-# %% ../nbs/13_evaluate.ipynb #37685d56
+# %% ../nbs/13_evaluate.ipynb #db8a29c6
 @contextmanager
 def open_data(
     data,                          # folder that holds the split's folder, or a COCO keypoints JSON file
@@ -75,7 +75,7 @@ def copy_coco(path, images: Path, folder: Path):
         target.parent.mkdir(parents=True, exist_ok=True)
         if (images/record['image']).is_file(): shutil.copyfile(images/record['image'], target)
 
-# %% ../nbs/13_evaluate.ipynb #f1287024
+# %% ../nbs/13_evaluate.ipynb #1c7e5980
 def label_values(
     dataset: CaptchaDataset,
     key: str,                 # of the label lines
@@ -98,7 +98,7 @@ def width_groups(
     members = [place == k for k in range(len(edges) - 1)]
     return {f'{widths[m].min()} to {widths[m].max()} px': m for m in members if m.any()}
 
-# %% ../nbs/13_evaluate.ipynb #3d33325c
+# %% ../nbs/13_evaluate.ipynb #ef678469
 def groups_of(
     dataset: CaptchaDataset,
     flags: dict,   # name -> bool [N], as `Predictions.flags`
@@ -110,7 +110,7 @@ def groups_of(
     by_shape = {name: np.array([shape == name for shape in shapes]) for name in sorted({shape for shape in shapes if isinstance(shape, str)})}
     return dict(flag=({'no flag': plain_ones} if plain_ones.any() else {}) | flags, width=width_groups(widths), shape=by_shape)
 
-# %% ../nbs/13_evaluate.ipynb #46bc74b3
+# %% ../nbs/13_evaluate.ipynb #eb1feb9d
 @dataclass
 class Evaluation:
     "A model's answers on a data set and their metrics."
@@ -150,7 +150,7 @@ def evaluate(
               for kind, masks in groups_of(dataset, predictions.flags).items()}
     return Evaluation(name, predictions, metrics, groups, sorted(dataset.labels.rejected))
 
-# %% ../nbs/13_evaluate.ipynb #7dafff32
+# %% ../nbs/13_evaluate.ipynb #95bc9ee8
 COLUMNS = dict(mae_px='mean px', median_px='median px', hit_le_1px='≤ 1 px', hit_le_2px='≤ 2 px', hit_le_5px='≤ 5 px', slide_hit_le_5px='slide ≤ 5 px')
 
 def show(
@@ -168,7 +168,7 @@ def group_lines(evaluation: Evaluation) -> str:
             lines.append(f'{f"{kind} {name}" if kind != "flag" else name:22} {metrics["n"]:6} ' + ' '.join(f'{show(metrics, key):>12}' for key in COLUMNS))
     return '\n'.join(lines)
 
-# %% ../nbs/13_evaluate.ipynb #c486a9e5
+# %% ../nbs/13_evaluate.ipynb #e822384b
 def _parts(count: int, samples: int):
     "`count` resamples in parts that fit into memory."
     size = max(1, 10**6//samples)
@@ -193,7 +193,7 @@ def paired_test(
         return dict(difference=float(seen[name]), interval=np.percentile(differences, [2.5, 97.5]).tolist(), p=float(p))
     return {name: one(name) for name in seen}
 
-# %% ../nbs/13_evaluate.ipynb #ef6de593
+# %% ../nbs/13_evaluate.ipynb #8bf6bcaf
 INK, SERIES = '#010203', ('#010211', '#010212', '#010213', '#010214')   # stand-ins for colours that the page decides on
 CHART = {'svg.fonttype': 'none', 'font.family': 'sans-serif', 'font.size': 9, 'axes.titlesize': 9, 'axes.spines.top': False, 'axes.spines.right': False, 'legend.frameon': False,
          'figure.constrained_layout.use': True} | dict.fromkeys(('text.color', 'axes.labelcolor', 'axes.edgecolor', 'xtick.color', 'ytick.color', 'grid.color'), INK)
@@ -250,7 +250,7 @@ def shorter(name: str, most: int = 28) -> str:
     "The end of a long name."
     return name if len(name) <= most else '…' + name[1 - most:]
 
-# %% ../nbs/13_evaluate.ipynb #be91bcb7
+# %% ../nbs/13_evaluate.ipynb #fee51c1a
 REPORT_CSS = CSS + """
 :root { color-scheme: light dark; --ground: #fff; --text: #1b1b1f; --soft: #5a5a66; --line: #c9c9d2; --panel: #f4f5f8; --accent: #0b57d0; --c0: #0072b2; --c1: #c14a00; --c2: #007a5a; --c3: #a04479; }
 @media (prefers-color-scheme: dark) { :root { --ground: #17181c; --text: #ececf1; --soft: #b4b4c0; --line: #44454f; --panel: #212329; --accent: #9ec1ff; --c0: #56b4e9; --c1: #ff9e4a; --c2: #3fcf9f; --c3: #e58fc0; } }
@@ -264,9 +264,10 @@ figure { margin: 8px 0; } figcaption { font-size: .85rem; color: var(--soft); ov
 .pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(210px, 1fr)); gap: 14px; }
 .chv table { font-size: .9rem; } .chv td small { display: block; } .chv th { font-weight: 600; } .chv thead th { vertical-align: bottom; } .chv td, .chv th[scope=row] { vertical-align: top; }
 .chv th[scope=row] { position: sticky; left: 0; background: var(--ground); padding-left: 0; }
+.factor { display: grid; grid-template-columns: minmax(0, 300px) minmax(0, 1fr); gap: 8px 20px; align-items: start; } .pictures.small { grid-template-columns: repeat(auto-fill, minmax(170px, 1fr)); gap: 8px; margin-top: 8px; }
 iframe { width: 100%; height: 85vh; border: 1px solid var(--line); border-radius: 6px; } summary { cursor: pointer; padding: 6px 0; font-weight: 600; }
 :focus-visible { outline: 3px solid var(--accent); outline-offset: 1px; }
-@media (max-width: 600px) { body { padding: 10px 12px 40px; } .pictures { grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 8px; } .chv th, .chv td { padding: 2px 7px; } }
+@media (max-width: 600px) { .factor { grid-template-columns: minmax(0, 1fr); } .pictures.small { grid-template-columns: repeat(auto-fill, minmax(140px, 1fr)); } body { padding: 10px 12px 40px; } .pictures { grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 8px; } .chv th, .chv td { padding: 2px 7px; } }
 """
 
 PAGES = {'page': """<!doctype html>
@@ -284,7 +285,7 @@ def render(
     pages = jinja2.Environment(loader=jinja2.DictLoader(PAGES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return pages.get_template(name).render(css=Markup(REPORT_CSS), **values)
 
-# %% ../nbs/13_evaluate.ipynb #fbb2157c
+# %% ../nbs/13_evaluate.ipynb #d4e2f357
 def span(interval, digits: int = 1) -> str:   # [low, high], or nothing
     "An interval as text."
     return f'[{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]' if interval else ''
@@ -320,7 +321,7 @@ def pictured_answer(
     kinds = dict(truth=true, found=found) | ({} if other is None else dict(other=other))
     return Markup(svg([(data_uri(picture, 85, width), [0, 0, across, height], 1, False)], [0, 0, across, height], marks_of(kinds, max(across, 2*height)/30), says))
 
-# %% ../nbs/13_evaluate.ipynb #d7cdde4e
+# %% ../nbs/13_evaluate.ipynb #593e12c5
 PAGES['evaluation'] = """{% extends 'page' %}{% block body %}
 <h1>{{ title }}</h1>
 <div class="lead">{% for sentence in lead %}<p>{{ sentence }}</p>{% endfor %}</div>
@@ -361,7 +362,7 @@ def verdict(name: str, test: dict, first: str, second: str) -> str:
     if test['p'] >= .05 or test['interval'][0] <= 0 <= test['interval'][1]: return f'In {name} the two cannot be told apart ({second} against {first}: {size}).'
     return f'In {name}, {second} is {"better" if (test["difference"] > 0) == ("hit" in name) else "worse"} than {first}: {size}.'
 
-# %% ../nbs/13_evaluate.ipynb #94f293cc
+# %% ../nbs/13_evaluate.ipynb #18db4844
 BROWSER_BYTES = 6_000_000   # a larger browser is left out of the page
 
 def worst_answers(a: Evaluation, b: Evaluation | None, count: int) -> list:   # of (SVG, text)
@@ -405,7 +406,7 @@ def comparison_table(a: Evaluation, b: Evaluation, test: dict) -> Markup:
     rows = [[key, show(a.metrics, key), show(b.metrics, key), Markup('{} <small>{}</small>').format(f'{t["difference"]:+.2f}', span(t['interval'], 2)), p_text(t['p'])[2:].removeprefix('= ')] for key, t in test.items()]
     return html_table(['', shorter(a.name), shorter(b.name), 'difference', 'p'], rows, 'Comparison')
 
-# %% ../nbs/13_evaluate.ipynb #d84309bc
+# %% ../nbs/13_evaluate.ipynb #dce57f3d
 def write_report(folder, page: str, values: dict, name: str):
     "`report.html` and the JSON file beside it."
     write_file(Path(folder)/'report.html', page.encode())
@@ -456,6 +457,6 @@ def main(
     if out: print(f'report: {Path(out)/"report.html"}')
     print(json.dumps(values, allow_nan=False))
 
-# %% ../nbs/13_evaluate.ipynb #d507ae67
+# %% ../nbs/13_evaluate.ipynb #41802a36
 #| eval: false
 if __name__ == '__main__': main()
