@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['STRENGTHS', 'SEEN', 'NOT_CONTRAST', 'HITS', 'EFFECTS', 'LITTLE', 'WORDS', 'MACHINE', 'PEOPLE', 'with_factors',
            'find_factors', 'similarity', 'around', 'Level', 'visible_indices', 'answers', 'paired_points',
-           'unpaired_points', 'hits', 'level_row', 'pair_row', 'clouded', 'shrunk', 'OwnLevel', 'flag_rows', 'Audit',
-           'example', 'audit', 'verdict', 'metric_words', 'sentence', 'best_levels', 'summary', 'cost_chart',
-           'scatter_chart', 'curve_chart', 'level_table', 'pair_tables', 'audit_page', 'main']
+           'unpaired_points', 'rate_interval', 'hits', 'level_row', 'pair_row', 'clouded', 'shrunk', 'OwnLevel',
+           'flag_rows', 'Audit', 'example', 'audit', 'verdict', 'metric_words', 'sentence', 'best_levels', 'summary',
+           'cost_chart', 'scatter_chart', 'curve_chart', 'level_table', 'pair_tables', 'audit_page', 'main']
 
-# %% ../nbs/15_audit.ipynb #4d1ae792
-import difflib, itertools, json, logging
+# %% ../nbs/15_audit.ipynb #278d64ef
+import difflib, itertools, logging
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +33,7 @@ from .train import plain
 from .validator import group_metrics, sample_errors
 from .widget import legend, original_picture
 
-# %% ../nbs/15_audit.ipynb #3c4b7f35
+# %% ../nbs/15_audit.ipynb #d5d2d4c1
 STRENGTHS = .25, .5, .75, 1.   # from weak to as strong as it gets
 
 def with_factors(
@@ -56,7 +56,7 @@ def find_factors(
         raise UserError(f"--factors: value {name!r}: unknown factor{f', nearest: {close[0]}' if close else ''}; there are {', '.join(FACTORS)}, or all, or none")
     return found
 
-# %% ../nbs/15_audit.ipynb #0fe04069
+# %% ../nbs/15_audit.ipynb #9a5b4790
 SEEN = SynthConfig().min_visibility   # a gap below it counts as hard to see
 NOT_CONTRAST = 'rotation', 'decoy', 'strip', 'row_offset', 'overlap'   # their work on people is something else
 
@@ -79,7 +79,7 @@ def around(outline: np.ndarray, margin: float = .15) -> tuple:   # [N, 2] px; of
     room = margin*(high - low).max()
     return *(low - room), *(high + room)
 
-# %% ../nbs/15_audit.ipynb #114190e8
+# %% ../nbs/15_audit.ipynb #24f5c93e
 class Level(Dataset):
     "Captchas of the generator with some factors, each beside itself without."
     def __init__(self,
@@ -127,7 +127,7 @@ def answers(
         if bar is not None: bar.update(len(batch['index']))
     return {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
 
-# %% ../nbs/15_audit.ipynb #8e1a0b65
+# %% ../nbs/15_audit.ipynb #1956c801
 def paired_points(
     before: np.ndarray, after: np.ndarray,   # bool [N]: the same captchas
 ) -> tuple:                                  # points lost, [low, high]: of a hundred
@@ -146,7 +146,14 @@ def unpaired_points(
     middle = rates[0] - rates[1]
     return float(100*(one.mean() - other.mean())), [float(100*max(-1., middle - half)), float(100*min(1., middle + half))]
 
-# %% ../nbs/15_audit.ipynb #9d2b312d
+
+def rate_interval(hit: np.ndarray) -> list:   # bool [N]; [low, high] of a hundred
+    "Where the rate of hits lies, 95 % (Wilson, 1927): all of 200 is no certainty."
+    p, n, z = hit.mean(), len(hit), 1.96
+    middle, half = p + z*z/(2*n), z*np.sqrt(p*(1 - p)/n + z*z/(4*n*n))
+    return [float(100*(middle + sign*half)/(1 + z*z/n)) for sign in (-1, 1)]
+
+# %% ../nbs/15_audit.ipynb #9970ff7c
 HITS = tuple(f'{kind}hit_le_{t}px' for kind in ('slide_', '') for t in (5, 2, 1))   # what can be asked for
 
 def hits(
@@ -171,7 +178,7 @@ def level_row(
     return row | dict(people=people, people_interval=[max(0., between[0]), between[1]],   # the base can be seen: nothing can be gained
                       seen=100*float((after['visibility'] >= SEEN).mean()), visibility=float(np.median(after['visibility'])))
 
-# %% ../nbs/15_audit.ipynb #ab970abf
+# %% ../nbs/15_audit.ipynb #355a9336
 def pair_row(
     names: tuple,                          # of two factors
     base, one, other, both: np.ndarray,    # bool [N]: hits without, with either, with both
@@ -184,7 +191,7 @@ def pair_row(
     alone = 100*(2*base.mean() - one.mean() - other.mean())
     return dict(factors=list(names), cost=cost, cost_interval=interval, sum=float(alone), excess=100*float(excess.mean()), excess_interval=(100*np.percentile(drawn, [2.5, 97.5])).tolist())
 
-# %% ../nbs/15_audit.ipynb #ac41aa67
+# %% ../nbs/15_audit.ipynb #10425852
 def clouded(image, strength, rng):
     "Perlin noise over the picture."
     image = image.copy()
@@ -236,7 +243,7 @@ def flag_rows(
         rows.append(dict(flag=name.removeprefix('has_'), n=int(has.sum()), hits=100*float(hit[has].mean()), without=int((~has).sum()), hits_without=100*float(hit[~has].mean()), cost=cost, cost_interval=interval))
     return sorted(rows, key=lambda row: -row['cost'])
 
-# %% ../nbs/15_audit.ipynb #d01ebc9d
+# %% ../nbs/15_audit.ipynb #37c4c740
 @dataclass
 class Audit:
     "What was measured."
@@ -266,7 +273,7 @@ def _measure_factors(audit: Audit, config, factors, strengths, pairs, measure):
     level = lambda chosen: Level(make(chosen), base, indices, size)
     before, seen = measure(level({})), {}
     hit = hits(before, metric)
-    audit.base.update(hits=100*float(hit.mean()), metrics=group_metrics(before, 1000))
+    audit.base.update(hits=100*float(hit.mean()), interval=rate_interval(hit), metrics=group_metrics(before, 1000))
     shown = int(np.argmax(hit))      # the first captcha that the machine answers well
     for name in factors:
         audit.examples[name] = [(0., *example(level({}), before, shown))]
@@ -286,7 +293,7 @@ def _measure_own(audit: Audit, source, strengths, measure):
     metric = audit.settings['metric']
     before = measure(OwnLevel(source))
     hit = hits(before, metric)
-    audit.own.update(n=len(hit), hits=100*float(hit.mean()), metrics=group_metrics(before, 1000), flags=flag_rows(source, hit), levels=[], rejected=sorted(source.labels.rejected))
+    audit.own.update(n=len(hit), hits=100*float(hit.mean()), interval=rate_interval(hit), metrics=group_metrics(before, 1000), flags=flag_rows(source, hit), levels=[], rejected=sorted(source.labels.rejected))
     shown = int(np.argmax(hit))
     for name, effect in EFFECTS.items():
         audit.examples[f'own {name}'] = [(0., *example(OwnLevel(source), before, shown))]
@@ -321,7 +328,7 @@ def audit(
         if own is not None: _measure_own(result, own, strengths, measure)
     return result
 
-# %% ../nbs/15_audit.ipynb #660f58b6
+# %% ../nbs/15_audit.ipynb #0193869f
 LITTLE = 5   # points
 
 WORDS = dict(color_shift='Shifted colours', sensor_noise='Sensor noise', row_offset='A slider on another row', bright_edge='A bright edge', decoy='Decoy gaps', hollow='A hollow gap', strip='A strip for the slider',
@@ -345,7 +352,7 @@ def sentence(level: dict, metric: str) -> str:
     blind = ', as far as contrast tells' if level['factor'] in NOT_CONTRAST and verdict(level) == 'worth trying' else ''
     return f'{text}: {verdict(level)}{blind}.'
 
-# %% ../nbs/15_audit.ipynb #14f0f751
+# %% ../nbs/15_audit.ipynb #9ec4fe31
 def best_levels(audit: Audit) -> dict:   # factor -> level
     "Of each factor that is worth trying, the strength that surely costs the machine most; otherwise its strongest."
     worth = lambda levels: [level for level in levels if verdict(level) == 'worth trying']
@@ -355,7 +362,7 @@ def best_levels(audit: Audit) -> dict:   # factor -> level
 def _own_sentences(audit: Audit) -> list[str]:
     "The own pictures in words."
     own, metric = audit.own, metric_words(audit.settings['metric'])
-    out = [f'Your own {own["n"]} captchas: the model gets {own["hits"]:.0f} % {span(own["metrics"]["interval"].get(audit.settings["metric"]), 0)} of them right ({metric}).']
+    out = [f'Your own {own["n"]} captchas: the model gets {own["hits"]:.0f} % {span(own["interval"], 0)} of them right ({metric}).']
     costly = [row for row in own['flags'] if row['cost_interval'][0] > 0]
     if costly: out.append('Among them it is worse on captchas with ' + ', '.join(f'{row["flag"]} ({row["cost"]:.0f} points {span(row["cost_interval"], 0)})' for row in costly) + '.')
     elif own['flags']: out.append('None of the flags in your labels makes a difference that so few captchas can show.')
@@ -367,7 +374,7 @@ def summary(audit: Audit) -> list[str]:   # sentences
     "What to do, and what is not known."
     metric, out = audit.settings['metric'], _own_sentences(audit) if audit.own else []
     if not audit.levels: return out
-    out.append(f'Without any counter-measure the model gets {audit.base["hits"]:.0f} % {span(audit.base["metrics"]["interval"][metric], 0)} of {audit.settings["samples"]} generated captchas right ({metric_words(metric)}); people can see the gap in all of them.')
+    out.append(f'Without any counter-measure the model gets {audit.base["hits"]:.0f} % {span(audit.base["interval"], 0)} of {audit.settings["samples"]} generated captchas right ({metric_words(metric)}); people can see the gap in all of them.')
     if audit.base['hits'] < 50: out.append('That is a weak model: there is little that it could lose, and an attacker would have a better one. Train longer before you decide anything.')
     best = best_levels(audit).values()
     chosen = {kind: [level for level in best if verdict(level) == kind] for kind in ('worth trying', 'costs people too', 'buys nothing', 'not decided')}
@@ -380,7 +387,7 @@ def summary(audit: Audit) -> list[str]:   # sentences
     if unseen: out.append(f'The network never saw {", ".join(unseen)} in training. What they cost may vanish once an attacker trains on them: train on a mixture that has them, and audit again.')
     return out
 
-# %% ../nbs/15_audit.ipynb #435c0b0f
+# %% ../nbs/15_audit.ipynb #807cab58
 MACHINE, PEOPLE = SERIES[0], SERIES[1]
 
 @matplotlib.rc_context(CHART)
@@ -433,7 +440,7 @@ def curve_chart(name: str, levels: list, start: float) -> Markup:   # factor, it
     axes.legend(fontsize=7, loc='lower left')
     return chart(figure, f'{name}: ' + '; '.join(f'at {level["strength"]:g} {level["hits"]:.0f} % hits' + (f', {level["seen"]:.0f} % visible' if 'seen' in level else '') for level in levels))
 
-# %% ../nbs/15_audit.ipynb #550b1db0
+# %% ../nbs/15_audit.ipynb #e8c7e9bf
 PAGES['audit'] = """{% extends 'page' %}
 {% macro strip(name) %}<div class="pictures small">{% for strength, drawing in strips[name] %}<figure>{{ drawing }}<figcaption>{{ 'without' if not strength else 'strength %g' % strength }}</figcaption></figure>{% endfor %}</div>{% endmacro %}
 {% block body %}
@@ -482,7 +489,7 @@ def pair_tables(audit: Audit) -> tuple:   # of `Markup`: list, matrix
     matrix = html_table(['', *names], [[a, *(value(a, b) for b in names)] for a in names], 'Excess of each pair; the cost of each factor alone on the diagonal')
     return html_table(['', 'cost together', 'sum of costs', 'excess'], rows, 'Pairs'), matrix if len(names) > 2 else ''
 
-# %% ../nbs/15_audit.ipynb #8011ceba
+# %% ../nbs/15_audit.ipynb #98a56ab2
 def _training_words(audit: Audit) -> str:
     "What the network knew, for the limits."
     known = audit.settings['trained_with']
@@ -509,7 +516,7 @@ def audit_page(
                   scatter=names and scatter_chart(audit), table=names and level_table(audit.levels, 'All factors at all strengths'), pairs=pairs, matrix=matrix, pair_strength=audit.settings['pair_strength'],
                   training=_training_words(audit), untested=', '.join(name for name in FACTORS if name not in names), count=count, expected=max(1, round(count/20)))
 
-# %% ../nbs/15_audit.ipynb #0aad599f
+# %% ../nbs/15_audit.ipynb #490615dd
 def _strengths(text: str) -> tuple:
     "Rising numbers above 0, up to 1."
     try: values = tuple(float(part) for part in text.split(','))
@@ -550,6 +557,6 @@ def main(
         write_report(out, audit_page(result), result.to_dict(), 'audit.json')
     print(*summary(result), f'report: {Path(out)/"report.html"}', sep='\n')
 
-# %% ../nbs/15_audit.ipynb #019179cc
+# %% ../nbs/15_audit.ipynb #c26a7ead
 #| eval: false
 if __name__ == '__main__': main()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from captcha_hrnet.audit import EFFECTS, HITS, STRENGTHS, Audit, audit_page, hits, level_row, main, pair_row, paired_points, similarity, summary, unpaired_points, verdict, visible_indices, with_factors
+from captcha_hrnet.audit import EFFECTS, HITS, STRENGTHS, Audit, audit_page, hits, level_row, main, pair_row, paired_points, rate_interval, similarity, summary, unpaired_points, verdict, visible_indices, with_factors
 from captcha_hrnet.config import UserError, run_command
 from captcha_hrnet.synth import FACTORS, CaptchaSynth, write_dataset
 from test_evaluate import SMALL, checkpoint
@@ -175,7 +175,7 @@ def made_up() -> Audit:
     picture = np.full((60, 120, 3), 120, np.uint8)
     examples = {name: [(s, picture, true[0], true[0]) for s in (0., .5, 1.)] for name in ('noise', 'blur', 'jpeg', 'decoy')}
     some = np.ones(200, bool)
-    return Audit(settings, dict(hits=100., metrics=metrics), levels, [pair_row(('noise', 'blur'), some, some, some, some, 20)], {}, examples)
+    return Audit(settings, dict(hits=100., interval=rate_interval(np.ones(200, bool)), metrics=metrics), levels, [pair_row(('noise', 'blur'), some, some, some, some, 20)], {}, examples)
 
 
 def test_the_summary_says_what_the_numbers_say():
@@ -183,7 +183,7 @@ def test_the_summary_says_what_the_numbers_say():
     said = {level['factor']: verdict(level) for level in audit.levels if level['strength'] == 1}
     assert said == dict(noise='worth trying', blur='costs people too', jpeg='buys nothing', decoy='not decided')
     noise = audit.of('noise')[1]
-    assert text[0].startswith('Without any counter-measure the model gets 100 %') and text[1].startswith(f'Noise at strength 1 costs the machine {noise["cost"]:.0f} points')
+    assert text[0].startswith('Without any counter-measure the model gets 100 % [98, 100]') and text[1].startswith(f'Noise at strength 1 costs the machine {noise["cost"]:.0f} points')
     assert any('may cost people too' in line and 'blur' in line for line in text) and any('Buys nothing' in line and 'jpeg' in line for line in text)
     assert 'never saw noise in training' in text[-1] and 'blur' not in text[-1]
 
