@@ -9,7 +9,7 @@ __all__ = ['STRENGTHS', 'SEEN', 'NOT_CONTRAST', 'HITS', 'EFFECTS', 'LITTLE', 'WO
            'flag_rows', 'Audit', 'example', 'audit', 'verdict', 'metric_words', 'sentence', 'best_levels', 'summary',
            'cost_chart', 'scatter_chart', 'curve_chart', 'level_table', 'pair_tables', 'audit_page', 'main']
 
-# %% ../nbs/15_audit.ipynb #278d64ef
+# %% ../nbs/15_audit.ipynb #38398435
 import difflib, itertools, logging
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -33,7 +33,7 @@ from .train import plain
 from .validator import group_metrics, sample_errors
 from .widget import legend, original_picture
 
-# %% ../nbs/15_audit.ipynb #d5d2d4c1
+# %% ../nbs/15_audit.ipynb #7bd958e7
 STRENGTHS = .25, .5, .75, 1.   # from weak to as strong as it gets
 
 def with_factors(
@@ -56,7 +56,7 @@ def find_factors(
         raise UserError(f"--factors: value {name!r}: unknown factor{f', nearest: {close[0]}' if close else ''}; there are {', '.join(FACTORS)}, or all, or none")
     return found
 
-# %% ../nbs/15_audit.ipynb #9a5b4790
+# %% ../nbs/15_audit.ipynb #ef966561
 SEEN = SynthConfig().min_visibility   # a gap below it counts as hard to see
 NOT_CONTRAST = 'rotation', 'decoy', 'strip', 'row_offset', 'overlap'   # their work on people is something else
 
@@ -79,7 +79,7 @@ def around(outline: np.ndarray, margin: float = .15) -> tuple:   # [N, 2] px; of
     room = margin*(high - low).max()
     return *(low - room), *(high + room)
 
-# %% ../nbs/15_audit.ipynb #24f5c93e
+# %% ../nbs/15_audit.ipynb #2e51cf98
 class Level(Dataset):
     "Captchas of the generator with some factors, each beside itself without."
     def __init__(self,
@@ -127,7 +127,7 @@ def answers(
         if bar is not None: bar.update(len(batch['index']))
     return {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
 
-# %% ../nbs/15_audit.ipynb #1956c801
+# %% ../nbs/15_audit.ipynb #7cb4decb
 def paired_points(
     before: np.ndarray, after: np.ndarray,   # bool [N]: the same captchas
 ) -> tuple:                                  # points lost, [low, high]: of a hundred
@@ -153,7 +153,7 @@ def rate_interval(hit: np.ndarray) -> list:   # bool [N]; [low, high] of a hundr
     middle, half = p + z*z/(2*n), z*np.sqrt(p*(1 - p)/n + z*z/(4*n*n))
     return [float(100*(middle + sign*half)/(1 + z*z/n)) for sign in (-1, 1)]
 
-# %% ../nbs/15_audit.ipynb #9970ff7c
+# %% ../nbs/15_audit.ipynb #4dd99b16
 HITS = tuple(f'{kind}hit_le_{t}px' for kind in ('slide_', '') for t in (5, 2, 1))   # what can be asked for
 
 def hits(
@@ -178,7 +178,7 @@ def level_row(
     return row | dict(people=people, people_interval=[max(0., between[0]), between[1]],   # the base can be seen: nothing can be gained
                       seen=100*float((after['visibility'] >= SEEN).mean()), visibility=float(np.median(after['visibility'])))
 
-# %% ../nbs/15_audit.ipynb #355a9336
+# %% ../nbs/15_audit.ipynb #22b0ef5a
 def pair_row(
     names: tuple,                          # of two factors
     base, one, other, both: np.ndarray,    # bool [N]: hits without, with either, with both
@@ -191,7 +191,7 @@ def pair_row(
     alone = 100*(2*base.mean() - one.mean() - other.mean())
     return dict(factors=list(names), cost=cost, cost_interval=interval, sum=float(alone), excess=100*float(excess.mean()), excess_interval=(100*np.percentile(drawn, [2.5, 97.5])).tolist())
 
-# %% ../nbs/15_audit.ipynb #10425852
+# %% ../nbs/15_audit.ipynb #7be592c7
 def clouded(image, strength, rng):
     "Perlin noise over the picture."
     image = image.copy()
@@ -243,7 +243,7 @@ def flag_rows(
         rows.append(dict(flag=name.removeprefix('has_'), n=int(has.sum()), hits=100*float(hit[has].mean()), without=int((~has).sum()), hits_without=100*float(hit[~has].mean()), cost=cost, cost_interval=interval))
     return sorted(rows, key=lambda row: -row['cost'])
 
-# %% ../nbs/15_audit.ipynb #37c4c740
+# %% ../nbs/15_audit.ipynb #5f4d0a9f
 @dataclass
 class Audit:
     "What was measured."
@@ -328,7 +328,7 @@ def audit(
         if own is not None: _measure_own(result, own, strengths, measure)
     return result
 
-# %% ../nbs/15_audit.ipynb #0193869f
+# %% ../nbs/15_audit.ipynb #5a720fcc
 LITTLE = 5   # points
 
 WORDS = dict(color_shift='Shifted colours', sensor_noise='Sensor noise', row_offset='A slider on another row', bright_edge='A bright edge', decoy='Decoy gaps', hollow='A hollow gap', strip='A strip for the slider',
@@ -352,7 +352,7 @@ def sentence(level: dict, metric: str) -> str:
     blind = ', as far as contrast tells' if level['factor'] in NOT_CONTRAST and verdict(level) == 'worth trying' else ''
     return f'{text}: {verdict(level)}{blind}.'
 
-# %% ../nbs/15_audit.ipynb #9ec4fe31
+# %% ../nbs/15_audit.ipynb #8e5b10c0
 def best_levels(audit: Audit) -> dict:   # factor -> level
     "Of each factor that is worth trying, the strength that surely costs the machine most; otherwise its strongest."
     worth = lambda levels: [level for level in levels if verdict(level) == 'worth trying']
@@ -387,7 +387,7 @@ def summary(audit: Audit) -> list[str]:   # sentences
     if unseen: out.append(f'The network never saw {", ".join(unseen)} in training. What they cost may vanish once an attacker trains on them: train on a mixture that has them, and audit again.')
     return out
 
-# %% ../nbs/15_audit.ipynb #807cab58
+# %% ../nbs/15_audit.ipynb #d04c6e0f
 MACHINE, PEOPLE = SERIES[0], SERIES[1]
 
 @matplotlib.rc_context(CHART)
@@ -440,7 +440,7 @@ def curve_chart(name: str, levels: list, start: float) -> Markup:   # factor, it
     axes.legend(fontsize=7, loc='lower left')
     return chart(figure, f'{name}: ' + '; '.join(f'at {level["strength"]:g} {level["hits"]:.0f} % hits' + (f', {level["seen"]:.0f} % visible' if 'seen' in level else '') for level in levels))
 
-# %% ../nbs/15_audit.ipynb #e8c7e9bf
+# %% ../nbs/15_audit.ipynb #84e902de
 PAGES['audit'] = """{% extends 'page' %}
 {% macro strip(name) %}<div class="pictures small">{% for strength, drawing in strips[name] %}<figure>{{ drawing }}<figcaption>{{ 'without' if not strength else 'strength %g' % strength }}</figcaption></figure>{% endfor %}</div>{% endmacro %}
 {% block body %}
@@ -489,7 +489,7 @@ def pair_tables(audit: Audit) -> tuple:   # of `Markup`: list, matrix
     matrix = html_table(['', *names], [[a, *(value(a, b) for b in names)] for a in names], 'Excess of each pair; the cost of each factor alone on the diagonal')
     return html_table(['', 'cost together', 'sum of costs', 'excess'], rows, 'Pairs'), matrix if len(names) > 2 else ''
 
-# %% ../nbs/15_audit.ipynb #98a56ab2
+# %% ../nbs/15_audit.ipynb #2f826bcd
 def _training_words(audit: Audit) -> str:
     "What the network knew, for the limits."
     known = audit.settings['trained_with']
@@ -516,7 +516,7 @@ def audit_page(
                   scatter=names and scatter_chart(audit), table=names and level_table(audit.levels, 'All factors at all strengths'), pairs=pairs, matrix=matrix, pair_strength=audit.settings['pair_strength'],
                   training=_training_words(audit), untested=', '.join(name for name in FACTORS if name not in names), count=count, expected=max(1, round(count/20)))
 
-# %% ../nbs/15_audit.ipynb #490615dd
+# %% ../nbs/15_audit.ipynb #6cb74dd3
 def _strengths(text: str) -> tuple:
     "Rising numbers above 0, up to 1."
     try: values = tuple(float(part) for part in text.split(','))
@@ -557,6 +557,6 @@ def main(
         write_report(out, audit_page(result), result.to_dict(), 'audit.json')
     print(*summary(result), f'report: {Path(out)/"report.html"}', sep='\n')
 
-# %% ../nbs/15_audit.ipynb #c26a7ead
+# %% ../nbs/15_audit.ipynb #c402365c
 #| eval: false
 if __name__ == '__main__': main()
