@@ -8,7 +8,7 @@ __all__ = ['MAX_SIDE', 'MIN_SIDE', 'FORMATS', 'MAX_LINE', 'MAX_FLAGS', 'log', 'O
            'TrainBatches', 'EvalBatches', 'DataPipeline', 'loader_speed', 'read_coco', 'write_coco', 'main']
 
 # %% ../nbs/03_data.ipynb #67d12a1e
-import glob, hashlib, io, itertools, json, logging, os, posixpath, re, reprlib, shutil, time
+import gc, glob, hashlib, io, itertools, json, logging, os, posixpath, re, reprlib, shutil, time
 from array import array
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -389,6 +389,7 @@ def _one_thread(_):
     "Workers parallelise over samples; threads inside them would only fight."
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
+    gc.freeze()   # a worker must not finalise what its parent had not collected yet, other loaders among it
 
 if hasattr(os, 'register_at_fork'): os.register_at_fork(before=lambda: cv2.setNumThreads(1))
 
