@@ -1,5 +1,6 @@
 """What several test files share."""
 import pytest
+import torch
 from hypothesis import settings
 
 settings.register_profile('steady', deadline=None)   # a time limit would test how busy the machine is
@@ -12,3 +13,12 @@ def start():
     "`start(folder, *arguments)` starts a training."
     from processes import forking
     with forking() as start: yield start
+
+
+@pytest.fixture(scope='module')
+def one_thread():
+    "PyTorch on one thread: small networks are slower on more."
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

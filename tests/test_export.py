@@ -15,23 +15,17 @@ from torch import nn
 from captcha_hrnet import export as module
 from captcha_hrnet.config import Config, UserError, run_command
 from captcha_hrnet.engine import save_checkpoint
-from captcha_hrnet.export import (RUNTIMES, Exported, check, check_pictures, fold_norms, letterbox_graph, points_of, price,
+from captcha_hrnet.export import (RUNTIMES, Exported, check, check_pictures, letterbox_graph, points_of, price,
                                   runner, settled, to_onnx)
 from captcha_hrnet.geometry import Letterbox, letterbox_image
 from captcha_hrnet.model import CaptchaKeypointNet, LiteHRNet, create_lite_hrnet_18_fpn
 from captcha_hrnet.predict import Predictor, letterboxed
 from captcha_hrnet.synth import CaptchaSynth
+from captcha_hrnet.twin import RepHRNet, folded
 
 H, W = 64, 128
 CONFIG = Config(data=dict(input_height=H, input_width=W), model=dict(name='naive_lite_hrnet_18', neck_channels=16, head_channels=16))
-
-
-@pytest.fixture(scope='module', autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def lived_in(model):
@@ -64,7 +58,7 @@ def test_folded_and_settled_networks_are_the_same_function(seed, naive, modules,
     model = network(seed, naive, modules, in_channels).double()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     image = torch.rand(2, in_channels, 32, 64, dtype=torch.float64)
-    with torch.no_grad(): maps = [net(image) for net in (model, fold_norms(model), settled(fold_norms(model)))]
+    with torch.no_grad(): maps = [net(image) for net in (model, folded(model), settled(folded(model)))]
     for other in maps[1:]:
         for name in ('gap_heatmap', 'slider_heatmap', 'offsets'): torch.testing.assert_close(other[name], maps[0][name], rtol=1e-7, atol=1e-7)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())   # copies were changed, the network was not
@@ -106,6 +100,15 @@ def test_batches_of_any_size_in_both_runtimes(model, points):
         for part in (slice(0, 1), slice(2, 5)): np.testing.assert_allclose(points_of(model, 'points', run(image[part])), whole[part], atol=1e-3)
     fixed = runner(points, 'openvino', 1, [7, 4, H, W])
     np.testing.assert_allclose(points_of(model, 'points', fixed(image)), whole, atol=1e-3)
+
+
+def test_the_twin_is_exported_as_it_is_used():
+    torch.manual_seed(5)
+    twin = lived_in(CaptchaKeypointNet(RepHRNet((1, 1, 1), (16, 32, 64, 128)), 16, head_channels=16))
+    content = to_onnx(twin)
+    kinds = [node.op_type for node in onnx.load_from_string(content).graph.node]
+    assert kinds.count('BatchNormalization') == 0 and kinds.count('Transpose') == 2   # both of them of the decoding
+    assert max(check(content, twin, 'points', check_pictures(8)).values()) < .01
 
 
 def test_whole_answers_as_the_predictor_where_nothing_is_resized(model):

@@ -19,6 +19,7 @@ from toys import Toy
 
 H, W = 64, 128
 CONFIG = Config(data=dict(input_height=H, input_width=W), model=dict(name='naive_lite_hrnet_18', neck_channels=16, head_channels=16))
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 class Network(Toy):
@@ -26,14 +27,6 @@ class Network(Toy):
     def __init__(self):
         super().__init__(norm=True)
         self.in_channels, self.config = 4, CONFIG.to_dict()
-
-
-@pytest.fixture(scope='module', autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope='module')
