@@ -1,0 +1,91 @@
+"""The experiment's Triton kernels against PyTorch: values and gradients, on a GPU or, with TRITON_INTERPRET=1, without one. Skipped where Triton is not installed."""
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+if not torch.cuda.is_available(): os.environ.setdefault('TRITON_INTERPRET', '1')
+pytest.importorskip('triton')
+sys.path.insert(0, str(Path(__file__).parent.parent/'tools'))
+import kernels
+from captcha_hrnet.model import channel_shuffle
+
+DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
+
+
+@pytest.fixture(autouse=True)
+def exact(monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
+
+
+def random(*shape): return torch.randn(*shape, device=DEVICE).requires_grad_()
+def sums(y): return torch.stack([y.sum((2, 3)).t(), (y*y).sum((2, 3)).t()])   # [2, C, N]
+
+
+def activated(x, scale, shift, relu):
+    if scale is not None: x = x*scale[:, None, None] + shift[:, None, None]
+    return F.relu(x) if relu else x
+
+
+def assert_same(mine, theirs, inputs):
+    "Outputs, and the gradients of a random combination of them."
+    mine, theirs, inputs = [list(t) if isinstance(t, (tuple, list)) else [t] for t in (mine, theirs, [t for t in inputs if t is not None])]
+    weights = [torch.randn_like(t) for t in theirs]
+    slopes = [torch.autograd.grad(sum((t*w).sum() for t, w in zip(found, weights)), inputs) for found in (mine, theirs)]
+    for a, b in zip([*mine, *slopes[0]], [*theirs, *slopes[1]]): torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5*b.abs().max().item())
+
+
+@pytest.mark.parametrize('stride, up, affine', [(1, 0, False), (1, 4, False), (1, 1, False), (2, 0, True), (1, 0, True)])
+def test_depthwise(stride, up, affine):
+    x, weight = random(2, 3, 8, 16), random(3, 1, 3, 3)
+    scale, shift = (random(3), random(3)) if affine else (None, None)
+    gate = random(2, 3, 8//up, 16//up) if up else None
+    value = activated(x, scale, shift, affine)*(F.interpolate(gate, scale_factor=up) if up else 1)
+    y = F.conv2d(value, weight, stride=stride, padding=1, groups=3)
+    assert_same(kernels.Depthwise.apply(x, scale, shift, gate, weight, affine, stride), (y, sums(y)), [x, scale, shift, gate, weight])
+
+
+@pytest.mark.parametrize('inputs, outputs, affine, exact', [(5, 7, False, False), (20, 40, True, False), (16, 1, True, True)])
+def test_pointwise(inputs, outputs, affine, exact):
+    x, weight = random(2, inputs, 8, 12), random(outputs, inputs, 1, 1)
+    scale, shift = (random(inputs), random(inputs)) if affine else (None, None)
+    mine, parts = kernels.Pointwise.apply(x, scale, shift, weight, affine, exact)
+    y = F.conv2d(activated(x, scale, shift, affine), weight)
+    assert_same((mine, parts.sum(-1)), (y, sums(y).sum(-1)), [x, scale, shift, weight])
+
+
+def test_normalise():
+    x, gamma, beta = random(3, 5, 8, 8), random(5), random(5)
+    ours, theirs = (torch.nn.BatchNorm2d(5).to(DEVICE) for _ in range(2))
+    raw, stats = kernels.Sums.apply(x)
+    mine = activated(raw, *kernels.Normalise.apply(stats, gamma, beta, ours, 3*64), False)
+    assert_same(mine, F.batch_norm(x, theirs.running_mean, theirs.running_var, gamma, beta, True, .1, 1e-5), [x, gamma, beta])
+    for name in ('running_mean', 'running_var'): torch.testing.assert_close(getattr(ours, name), getattr(theirs, name))
+
+
+def test_halves_pooled_and_dealt_out():
+    maps = [random(2, 4, 16, 32), random(2, 6, 8, 16), random(2, 8, 4, 8)]
+    halves = [x[:, :x.shape[1]//2] for x in maps] + [x[:, x.shape[1]//2:] for x in maps]
+    assert_same(kernels.Entry.apply(*maps), (*halves, torch.cat([F.adaptive_avg_pool2d(x, (4, 8)) for x in halves[3:]], 1)), maps)
+    x, y, a, b = random(2, 6, 8, 8), random(2, 3, 8, 8), random(2, 3), random(2, 3)
+    assert_same(kernels.Assemble.apply(x[:, :3], y, a, b), channel_shuffle(torch.cat([x[:, :3], y*a[..., None, None] + b[..., None, None]], 1)), [x, y, a, b])
+
+
+def test_sums_of_maps():
+    same, half, quarter, other = random(2, 3, 16, 16), random(2, 3, 8, 8), random(2, 3, 4, 4), random(2, 3, 16, 16)
+    p = [random(3) for _ in range(6)]
+    large = lambda x, by: F.interpolate(x, scale_factor=by)
+    total = 2*same + large(activated(half, *p[:2], False), 2) + large(activated(quarter, *p[2:4], False), 4) + activated(other, *p[4:], False)
+    mine = kernels.Add.apply((1, 2, 4, 1), False, True, True, True, same, None, None, half, *p[:2], quarter, *p[2:4], other, *p[4:])
+    assert_same(mine, (total, F.relu(total)), [same, half, quarter, other, *p])
+    assert_same(kernels.Add.apply((1,), True, False, False, False, other, *p[:2]), activated(other, *p[:2], True), [other, *p[:2]])
+
+
+@pytest.mark.parametrize('height, width', [(4, 8), (1, 1)])
+def test_blend(height, width):
+    fine, coarse, share = random(2, 3, 2*height, 2*width), random(2, 3, height, width), random(2)
+    assert_same(kernels.Blend.apply(fine, coarse, share), share[0]*fine + share[1]*F.interpolate(coarse, scale_factor=2, mode='bilinear'), [fine, coarse, share])
