@@ -268,6 +268,11 @@ def describe(model, form: str, precision: str = 'float32') -> dict[str, str]:
 # %% ../nbs/14_export.ipynb #0a278728
 RUNTIMES = 'onnxruntime', 'openvino'
 
+def _core(package):
+    "OpenVINO's core, kept as long as its module: when the last one goes its plugins are unloaded, and the process crashes some time later, in a training for example."
+    if not hasattr(package, 'kept_core'): package.kept_core = package.Core()
+    return package.kept_core
+
 def runner(
     content: bytes,              # an ONNX file
     runtime: str,                # one of `RUNTIMES`
@@ -282,10 +287,10 @@ def runner(
         session = package.InferenceSession(content, options, providers=['CPUExecutionProvider'])
         names = [output.name for output in session.get_outputs()]
         return lambda image: dict(zip(names, session.run(None, {'image': image})))
-    graph = package.Core().read_model(io.BytesIO(content))
+    graph = _core(package).read_model(io.BytesIO(content))
     if shape: graph.reshape(shape)
     settings = dict(INFERENCE_PRECISION_HINT='f32', PERFORMANCE_HINT='LATENCY') | (dict(INFERENCE_NUM_THREADS=threads) if threads else {})
-    request = package.Core().compile_model(graph, 'CPU', settings).create_infer_request()
+    request = _core(package).compile_model(graph, 'CPU', settings).create_infer_request()
     return lambda image: {output.get_any_name(): value.copy() for output, value in request.infer({'image': image}).items()}
 
 # %% ../nbs/14_export.ipynb #8ea295ca

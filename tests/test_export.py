@@ -111,6 +111,15 @@ def test_the_twin_is_exported_as_it_is_used():
     assert max(check(content, twin, 'points', check_pictures(8)).values()) < .01
 
 
+def test_openvino_has_one_core_that_stays(points, monkeypatch):
+    package, made = module.needed('openvino'), []
+    monkeypatch.delattr(package, 'kept_core', raising=False)
+    core = package.Core
+    monkeypatch.setattr(package, 'Core', lambda: made.append(1) or core())
+    for _ in range(2): runner(points, 'openvino', 1)(np.zeros((1, 4, H, W), np.uint8))
+    assert made == [1] and hasattr(package, 'kept_core')
+
+
 def test_whole_answers_as_the_predictor_where_nothing_is_resized(model):
     picture = np.random.default_rng(0).integers(0, 256, (H, W - 20, 3), dtype=np.uint8)
     with torch.no_grad(): found = dict(zip(Exported(model, 'whole', (H, W)).names, Exported(model, 'whole', (H, W))(torch.from_numpy(picture))))
