@@ -212,7 +212,7 @@ def open_notebook(browser, server, front_end, name):
         try: prefix = 'nbclassic/' if urlopen(f'{url}nbclassic/tree?token=t').status == 200 else ''
         except HTTPError: prefix = ''
         page.goto(f'{url}{prefix}notebooks/{name}.ipynb?token=t')
-        page.wait_for_function('window.Jupyter?.notebook?.kernel?.is_connected()')
+        page.wait_for_function('window.Jupyter?.notebook?.kernel?.is_connected() && "jupyter.widget" in Jupyter.notebook.kernel.comm_manager.targets')   # who runs cells sooner sees no widget
         page.evaluate('Jupyter.notebook.execute_all_cells()')
     return page
 
@@ -234,6 +234,7 @@ def test_browser_in(front_end, chromium, server, models):
     page, worst = open_notebook(chromium, server, front_end, 'browser'), select(a)
     title, place = page.locator('.chv-name').first, page.get_by_label('Picture', exact=True)
     shows = lambda row: expect(title).to_have_text(re.compile(rf'^{a.names[row]}\b'))
+    expect(title).to_be_visible(timeout=90_000)                    # imports and predictions first
     shows(worst[0])
     expect(page.locator('.chv-panel svg[role=img]')).to_have_count(6)   # two models: a picture and two magnifiers each
     handle(page, 'Picture').focus()                                # the slider's handle: arrow keys
