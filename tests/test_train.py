@@ -9,6 +9,8 @@ import re
 import resource
 import signal
 import socket
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -212,6 +214,23 @@ def test_signals_outside_of_the_training(start, tmp_path):
     done = process.wait()
     assert (done.code, done.out, done.err) == (0, 'SIGTERM: ended outside of the training; nothing was lost\n', '')
     assert not [*tmp_path.rglob('*.pth'), *tmp_path.rglob('*.tmp')]
+
+
+AROUND_A_FORK = '''
+import os, signal, time
+from captcha_hrnet import train
+for number in (signal.SIGTERM, signal.SIGALRM): signal.signal(number, train.end_at_once)
+os.register_at_fork(before=lambda: os.kill(os.getpid(), signal.SIGTERM))   # Python prints what is raised here, and goes on
+train.note_forks()
+if not os.fork(): os._exit(0)
+time.sleep(30)
+raise SystemExit(9)
+'''
+
+
+def test_a_signal_that_comes_around_a_fork_is_not_lost():
+    done = subprocess.run([sys.executable, '-c', AROUND_A_FORK], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, 'SIGTERM: ended outside of the training; nothing was lost\n', '')
 
 
 def test_a_killed_worker_ends_the_run_in_a_line(start, tmp_path):

@@ -206,7 +206,8 @@ def open_notebook(browser, server, front_end, name):
     if front_end == 'voila': page.goto(f'{url}voila/render/{name}.ipynb?token=t')
     elif front_end == 'lab':
         page.goto(f'{url}lab/tree/{name}.ipynb?token=t')
-        page.wait_for_function('window.jupyterapp?.shell?.currentWidget?.sessionContext?.session?.kernel?.status === "idle"')
+        page.wait_for_function(f'''[window.jupyterapp?.shell?.currentWidget].some(w => w?.context?.path === "{name}.ipynb" &&
+            w.sessionContext?.session?.kernel?.status === "idle")''')   # Lab opens what was open before, too
         page.evaluate('jupyterapp.commands.execute("notebook:run-all-cells")')
     else:
         try: prefix = 'nbclassic/' if urlopen(f'{url}nbclassic/tree?token=t').status == 200 else ''
