@@ -14,6 +14,7 @@ import os, signal, sys
 def end_at_once(number, _):
     "The handler of signals that come before or after the training."
     if os.getpid() == end_at_once.owner and number != ALARM: print(f'{signal.Signals(number).name}: ended outside of the training; nothing was lost', flush=True)
+    if ALARM: signal.signal(signal.SIGCHLD, signal.SIG_DFL)   # what the same signal does to workers is no news: PyTorch would raise
     sys.unraisablehook = end_a_moment_later
     raise SystemExit(0)
 
@@ -133,20 +134,32 @@ def stop_on_signals(engine):  # its `stop_requested` is set
     finally:
         for s in usual: signal.signal(s, before[s])
 
+def _mask(how, numbers=frozenset({signal.SIGTERM, signal.SIGINT})):
+    if hasattr(signal, 'pthread_sigmask'): signal.pthread_sigmask(getattr(signal, how), numbers)   # not on Windows
+
+def _hold_signals(start, *arguments):
+    "Signals that come while workers start wait until each is ready for them."
+    _mask('SIG_BLOCK')
+    try: return start(*arguments)
+    finally: _mask('SIG_UNBLOCK')
+
 def _leave_signals(number, then):
-    then(number)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(600))
+    _mask('SIG_UNBLOCK')
+    then(number)
 
 @contextmanager
 def patient_workers(*loaders):
     "The loaders' worker processes outlive signals to the whole group, and end with this block."
     before = [loader.worker_init_fn for loader in loaders]
-    for loader, init in zip(loaders, before): loader.worker_init_fn = functools.partial(_leave_signals, then=init)
+    for loader, init in zip(loaders, before):
+        loader.worker_init_fn, loader._get_iterator = functools.partial(_leave_signals, then=init), functools.partial(_hold_signals, loader._get_iterator)
     try: yield
     finally:
         for loader, init in zip(loaders, before):
             loader.worker_init_fn = init
+            del loader._get_iterator   # the class's own again
             if loader._iterator is not None: loader._iterator._shutdown_workers()
             loader._iterator = None
 

@@ -21,6 +21,8 @@ import cv2
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.data import DataLoader
+from torch.utils.data._utils import signal_handling
 
 from captcha_hrnet import train as module
 from captcha_hrnet.config import Config, load_config, run_command
@@ -246,6 +248,15 @@ Loader()
 def test_what_a_signal_leaves_half_built_says_nothing():
     done = subprocess.run([sys.executable, '-c', HALF_BUILT], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, 'SIGTERM: ended outside of the training; nothing was lost\n', '')
+
+
+def test_a_signal_to_a_worker_that_just_starts(monkeypatch):
+    "PyTorch's workers end at a SIGTERM until they are told otherwise."
+    theirs = signal_handling._set_worker_signal_handlers
+    monkeypatch.setattr(signal_handling, '_set_worker_signal_handlers', lambda: (theirs(), os.kill(os.getpid(), signal.SIGTERM)))
+    loader = DataLoader(range(6), num_workers=2, worker_init_fn=abs)
+    with module.patient_workers(loader): assert [int(x) for x in loader] == [*range(6)]
+    with pytest.raises(RuntimeError, match='worker'): [*loader]
 
 
 def test_a_killed_worker_ends_the_run_in_a_line(start, tmp_path):
