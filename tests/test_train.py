@@ -218,36 +218,29 @@ def test_signals_outside_of_the_training(start, tmp_path):
     assert not [*tmp_path.rglob('*.pth'), *tmp_path.rglob('*.tmp')]
 
 
-AROUND_A_FORK = '''
-import os, signal, time
-from captcha_hrnet import train
-for number in (signal.SIGTERM, signal.SIGALRM): signal.signal(number, train.end_at_once)
-os.register_at_fork(before=lambda: os.kill(os.getpid(), signal.SIGTERM))   # Python prints what is raised here, and goes on
-if not os.fork(): os._exit(0)
-time.sleep(30)
-raise SystemExit(9)
-'''
-
-
-def test_a_signal_that_comes_around_a_fork_is_not_lost():
-    done = subprocess.run([sys.executable, '-c', AROUND_A_FORK], capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout, done.stderr) == (0, 'SIGTERM: ended outside of the training; nothing was lost\n', '')
-
-
-HALF_BUILT = '''
-import os, signal
-from captcha_hrnet import train
-signal.signal(signal.SIGTERM, train.end_at_once)
+WHILE = dict(
+    around_a_fork='''
+os.register_at_fork(before=end)   # Python prints what is raised here, and goes on
+if not os.fork(): os._exit(0)''',
+    something_is_half_built='''
 class Loader:
-    def __init__(self): os.kill(os.getpid(), signal.SIGTERM); self.workers = []
+    def __init__(self): end(); self.workers = []
     def __del__(self): self.workers.clear()
-Loader()
-'''
+Loader()''',
+    all_is_swallowed='''
+try: end()
+except BaseException: pass''',
+    it_tidies_up='''
+try: end()
+finally: time.sleep(.5); print('tidy')''')
 
 
-def test_what_a_signal_leaves_half_built_says_nothing():
-    done = subprocess.run([sys.executable, '-c', HALF_BUILT], capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout, done.stderr) == (0, 'SIGTERM: ended outside of the training; nothing was lost\n', '')
+@pytest.mark.parametrize('moment', WHILE)
+def test_a_signal_that_comes_while(moment):
+    setup = 'import os, signal, time\nfrom captcha_hrnet import train\nsignal.signal(signal.SIGTERM, train.end_at_once)\ndef end(): os.kill(os.getpid(), signal.SIGTERM)'
+    done = subprocess.run([sys.executable, '-c', f'{setup}{WHILE[moment]}\ntime.sleep(30)\nraise SystemExit(9)'], capture_output=True, text=True, timeout=60)
+    tidy = 'tidy\n'*(moment == 'it_tidies_up')
+    assert (done.returncode, done.stdout, done.stderr) == (0, f'SIGTERM: ended outside of the training; nothing was lost\n{tidy}', '')
 
 
 def test_a_signal_to_a_worker_that_just_starts(monkeypatch):
