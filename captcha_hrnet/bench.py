@@ -118,7 +118,7 @@ def data_variants(
         tree['data'] |= sources[source]
         tree['train'] |= dict(num_workers=count)
         return loader_speed(DataPipeline(Config(**tree)).setup().train_loader, seconds)
-    return {f'{source}, {count} worker{"s"*(count != 1)}': partial(rate, source, count) for source in sources for count in workers}
+    return {f'{source}, {count} worker{"s"*(count != 1)}': partial(rate, source, count) for source in ('generator', 'folder') for count in workers} | {'packed': partial(rate, 'packed', 0)}
 
 # %% ../nbs/12_bench.ipynb #7eedcec9
 def infer_variants(

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['MAX_SIDE', 'MIN_SIDE', 'FORMATS', 'MAX_LINE', 'MAX_FLAGS', 'log', 'ORIGINS', 'read_image', 'check_record',
            'LabelTable', 'make_sample', 'CaptchaDataset', 'SyntheticDataset', 'cached_file', 'PackedDataset',
-           'TrainBatches', 'EvalBatches', 'DataPipeline', 'loader_speed', 'read_coco', 'write_coco', 'main']
+           'PackedLoader', 'TrainBatches', 'EvalBatches', 'DataPipeline', 'loader_speed', 'read_coco', 'write_coco',
+           'main']
 
 # %% ../nbs/03_data.ipynb #67d12a1e
 import gc, glob, hashlib, io, itertools, json, logging, os, posixpath, re, reprlib, shutil, time
@@ -417,18 +418,33 @@ class PackedDataset(Dataset):
     @cached_property
     def samples(self) -> np.ndarray: return np.load(self.path, mmap_mode='c')   # records [N]; writes to them never reach the file
 
-    def _look(self, i) -> dict:
-        "Sample `i`, its tensors still in the mapped file."
-        if not 0 <= i < len(self): raise IndexError(i)
-        record = self.samples[i]
-        values = {name: record[name] for name in self.dtype.names}
-        return {name: torch.from_numpy(value) if value.ndim else value.item() for name, value in values.items()} | dict(index=i)
-
     def __getitem__(self, i) -> dict:
-        return {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in self._look(i).items()}
+        if not 0 <= i < len(self): raise IndexError(i)
+        return {name: value[0] if value.ndim > 1 else value.item() for name, value in self.batch([i]).items()}
 
-    def __getitems__(self, indices) -> list:   # what a loader asks for: its collating is the one copy that is made
-        return [self._look(i) for i in indices]
+    def batch(self,
+        indices: list[int],
+        pin_memory: bool = False,  # in memory that a GPU copies from
+    ) -> dict:                     # what a loader makes of these samples
+        "Samples `indices`, stacked: each is copied once."
+        fields = {name: _gather(self.samples[name], indices, pin_memory) for name in self.dtype.names}
+        return fields | dict(index=torch.tensor(indices))
+
+def _gather(column, indices, pin_memory) -> torch.Tensor:
+    if not pin_memory: return torch.from_numpy(column[indices])
+    block = torch.empty(len(indices), *column.shape[1:], dtype=torch.from_numpy(column[:0].copy()).dtype, pin_memory=True)   # PyTorch keeps such blocks for the next batch
+    for to, i in enumerate(indices): block.numpy()[to] = column[i]
+    return block
+
+class PackedLoader(DataLoader):
+    "The loader of a `PackedDataset`: it has the next batch stacked by a thread while one is used, and needs no processes."
+    def __iter__(self):
+        following = None
+        with ThreadPoolExecutor(1) as thread:
+            for indices in self.batch_sampler:
+                ready, following = following, thread.submit(self.dataset.batch, indices, self.pin_memory)
+                if ready: yield ready.result()
+            if following: yield following.result()
 
 # %% ../nbs/03_data.ipynb #8cef625f
 def _record(self: PackedDataset, sample: dict) -> bytes:
@@ -524,10 +540,10 @@ class DataPipeline:
         return self
 
     def _loader(self, dataset, batches):
-        train = self.config.train
+        train, common = self.config.train, dict(batch_sampler=batches, pin_memory=self.config.train.pin_memory and torch.cuda.is_available())
+        if isinstance(dataset, PackedDataset): return PackedLoader(dataset, **common)
         workers = dict(prefetch_factor=train.prefetch, persistent_workers=True) if train.num_workers else {}
-        return DataLoader(dataset, batch_sampler=batches, num_workers=train.num_workers, generator=torch.Generator(), **workers,
-                          pin_memory=train.pin_memory and torch.cuda.is_available(), worker_init_fn=_one_thread)
+        return DataLoader(dataset, num_workers=train.num_workers, generator=torch.Generator(), **workers, worker_init_fn=_one_thread, **common)
 
 # %% ../nbs/03_data.ipynb #5dac359c
 def loader_speed(
