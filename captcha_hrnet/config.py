@@ -228,6 +228,8 @@ class SynthConfig(Section):
     strip: Factor = factor(0.1)           # the slider piece waits on a strip of its own beside the picture
     row_offset: Factor = factor(0.1)      # the slider piece stands on another row than the gap
     overlap: Factor = factor(0.05)        # the slider piece touches the gap or covers a part of it
+    no_gap: Unit = 0.0                    # probability that there is none, nor a decoy
+    no_slider: Unit = 0.0                 # probability that there is none
 
     rotation: Factor = factor(0.2)        # confusion: the gap is turned about its centre, up to 45°
     noise: Factor = factor(0.15)          # confusion: Perlin noise over the picture, or in the gap

@@ -221,7 +221,7 @@ def _batch(self: TrainingEngine, batch, share, last):
         self.scaler.scale(parts['loss']*share).backward()
     with torch.no_grad():
         found, scale = self.model.decode_predictions(outputs), batch['letterbox'][:, :2].to(self.device, torch.float32)
-        for name in ('gap', 'slider'): parts[f'{name}_mae'] = ((found[f'{name}_coords'] - batch[f'{name}_coords']).abs()/scale).mean()
+        for name in ('gap', 'slider'): parts[f'{name}_mae'] = ((found[f'{name}_coords'] - batch[f'{name}_coords']).abs()/scale).nanmean().nan_to_num()   # NaN: there is none
     return {name: value.detach() for name, value in parts.items()}
 
 def _train_window(self: TrainingEngine, window):

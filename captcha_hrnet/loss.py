@@ -112,25 +112,31 @@ class CaptchaLoss(nn.Module):
 
     def forward(self,
         outputs: dict,  # of the model: gap_heatmap, slider_heatmap, offsets, valid, and angle if it has that head
-        batch: dict,    # gap_coords, slider_coords [B, 2], decoys [B, K, 2] in input px, decoy_mask [B, K], gap_angle [B]
+        batch: dict,    # gap_coords, slider_coords [B, 2] (NaN where there is none), decoys [B, K, 2] in input px, decoy_mask [B, K], gap_angle [B]
     ) -> dict:          # scalars: loss, gap_focal, slider_focal, offset, margin and angle
         with torch.autocast(outputs['offsets'].device.type, enabled=False):
             parts, config, valid = {}, self.config, outputs['valid']
             points = dict(gap=batch['gap_coords'], slider=batch['slider_coords'])
-            targets = {name: self.codec.encode(p, outputs['offsets'].shape[-2:], config.sigma_cells) for name, p in points.items()}
+            present = {name: p.isfinite().all(1) for name, p in points.items()}   # NaN: there is none, and no cell is one
+            points = {name: p.where(present[name][:, None], 0.) for name, p in points.items()}
+            targets = {name: self._target(p, present[name], outputs['offsets'].shape[-2:]) for name, p in points.items()}
             for name, (heat, _, _) in targets.items():
                 parts[f'{name}_focal'] = focal_loss(outputs[f'{name}_heatmap'], heat, valid, config.focal_alpha, config.focal_beta)
             maps = dict(zip(points, outputs['offsets'].chunk(2, 1)))
             parts['offset'] = sum(offset_loss(maps[n], points[n], targets[n][0], valid, self.codec, config.offset_radius_cells) for n in points) / 2
-            parts['margin'] = (self._margin(outputs, batch, targets, 'gap', 'slider') + self._margin(outputs, batch, targets, 'slider', 'gap')) / 2
-            if 'angle' in outputs: parts['angle'] = angle_loss(outputs['angle'], batch['gap_angle'], valid, targets['gap'][1])
+            parts['margin'] = (self._margin(outputs, batch, targets, present, 'gap', 'slider') + self._margin(outputs, batch, targets, present, 'slider', 'gap')) / 2
+            if 'angle' in outputs: parts['angle'] = angle_loss(outputs['angle'], batch['gap_angle'], valid & present['gap'][:, None, None, None], targets['gap'][1])
             return dict(loss=self.total(parts), **parts)
 
-    def _margin(self, outputs, batch, targets, name, other):
+    def _target(self, points, present, size):
+        heat, *rest = self.codec.encode(points, size, self.config.sigma_cells)
+        return heat*present[:, None, None, None], *rest
+
+    def _margin(self, outputs, batch, targets, present, name, other):
         heat, cell, _ = targets[name]
         decoys, _ = self.codec.cells(batch['decoys'], heat.shape[-2:])
         rivals = torch.cat([targets[other][1][:, None], decoys], 1)
-        mask = F.pad(batch['decoy_mask'], (1, 0), value=True)
+        mask = torch.cat([present[other][:, None], batch['decoy_mask']], 1) & present[name][:, None]
         return margin_loss(outputs[f'{name}_heatmap'], heat, outputs['valid'], cell, rivals, mask, self.config.margin)
 
     def total(self, parts: dict) -> Tensor:

@@ -44,7 +44,7 @@ from .config import cli, load_config, write_atomically
 
 # %% ../nbs/02_synth.ipynb #514e42b5
 SPLITS = {"train": 0, "val": 1}
-PARTS = {name: key for key, name in enumerate(["plan", "shape", "background", "gap", "slider", "decoy", "camera"])}
+PARTS = {name: key for key, name in enumerate(["plan", "shape", "background", "gap", "slider", "decoy", "camera", "absent"])}
 
 class _Words(np.random.bit_generator.ISeedSequence):
     "Hands a bit generator the words that it is seeded with."
@@ -1026,6 +1026,7 @@ class Plan:
     slider: np.ndarray     # [2]
     strength: dict         # factor -> 0..1
     decoys: list           # of (outline [N, 2] around 0, place [2])
+    absent: tuple = ()     # of "gap", "slider": what is not drawn
 
     @cached_property
     def gap_outline(self): return rotated(self.outline, self.angle) + self.gap
@@ -1244,8 +1245,8 @@ def measure_visibility(
 class Sample:
     "One captcha with its labels. Points are (x, y) in pixels of `image`, from its corner."
     image: np.ndarray          # uint8 [H, W, 3] RGB
-    gap: tuple                 # (x, y) centre of the gap
-    slider: tuple              # (x, y) centre of the slider piece
+    gap: tuple | None          # (x, y) centre of the gap; None: there is none
+    slider: tuple | None       # (x, y) centre of the slider piece; None: there is none
     decoys: list               # [[x, y], …]
     gap_angle: float           # degrees, clockwise
     flags: dict                # has_… -> bool, true exactly when applied
@@ -1253,21 +1254,27 @@ class Sample:
     piece_size: tuple          # (width, height) px of the piece
     gap_outline: np.ndarray    # [N, 2] px, as drawn: turned with the gap
     slider_outline: np.ndarray # [N, 2] px
-    visibility: float          # of the gap, see `measure_visibility`
-    slider_visibility: float   # likewise
+    visibility: float | None   # of the gap, see `measure_visibility`; None: there is none
+    slider_visibility: float | None # likewise
     styles: dict               # background, gap_style, slider_style -> name
     strength: dict             # factor -> 0..1
+
+    @property
+    def points(self) -> list:  # (point, colour) of gap, slider and decoys, as far as they are there
+        marked = [(self.gap, (0, 255, 0)), (self.slider, (255, 0, 0)), *((decoy, (60, 60, 255)) for decoy in self.decoys)]
+        return [(point, tint) for point, tint in marked if point]
 
     def record(self,
         image_name: str, # path of the image, relative to the split's folder
     ) -> dict:
         "The sample's line of labels.jsonl."
-        def points(values): return np.round(np.asarray(values, np.float64), 4).tolist()
+        def points(values): return None if values is None else np.round(np.asarray(values, np.float64), 4).tolist()
         height, width = self.image.shape[:2]
-        return {"image": image_name, "width": width, "height": height, "gap": points(self.gap), "slider": points(self.slider),
+        none = {f"no_{name}": True for name, point in (("gap", self.gap), ("slider", self.slider)) if point is None}
+        return {"image": image_name, "width": width, "height": height, "gap": points(self.gap), "slider": points(self.slider), **none,
                 "decoys": points(self.decoys), "gap_angle": round(self.gap_angle, 4), **self.flags, "shape": self.shape,
-                "piece_size": points(self.piece_size), "visibility": round(self.visibility, 4),
-                "slider_visibility": round(self.slider_visibility, 4), **self.styles}
+                "piece_size": points(self.piece_size), "visibility": points(self.visibility),
+                "slider_visibility": points(self.slider_visibility), **self.styles}
 
 # %% ../nbs/02_synth.ipynb #3fdb5106
 def flags_of(
@@ -1276,8 +1283,8 @@ def flags_of(
     "True exactly when applied; rows, overlap and combinations by what came out."
     flags = {f"has_{name}": plan.strength[name] > 0 for name in FACTORS}
     apart = np.abs(plan.gap - plan.slider) - (np.abs(plan.gap_outline - plan.gap).max(0) + np.abs(plan.outline).max(0))
-    return flags | {"has_decoy": bool(plan.decoys), "has_row_offset": bool(abs(plan.gap[1] - plan.slider[1]) > 1e-6),
-                    "has_overlap": bool((apart < 0).all()), "has_combination": sum(flags[f"has_{name}"] for name in CONFUSIONS) > 1}
+    return flags | {"has_decoy": bool(plan.decoys), "has_row_offset": bool(abs(plan.gap[1] - plan.slider[1]) > 1e-6) and not plan.absent,
+                    "has_overlap": bool((apart < 0).all()) and not plan.absent, "has_combination": sum(flags[f"has_{name}"] for name in CONFUSIONS) > 1}
 
 def finish(
     plan: Plan,
@@ -1288,10 +1295,13 @@ def finish(
     "Apply the camera and scale the labels with the picture."
     image, scale = apply_camera(picture, plan, rng), np.array(plan.size) / plan.drawn
     gap_outline, slider_outline = plan.gap_outline * scale, plan.slider_outline * scale
-    return Sample(image, tuple((plan.gap * scale).tolist()), tuple((plan.slider * scale).tolist()),
+    seen = {name: outline for name, outline in (("gap", gap_outline), ("slider", slider_outline)) if name not in plan.absent}
+    visibility = dict(zip(seen, measure_visibility(image, [*seen.values()]))) if seen else {}
+    gap, slider = (tuple((point * scale).tolist()) if name in seen else None for name, point in (("gap", plan.gap), ("slider", plan.slider)))
+    return Sample(image, gap, slider,
                   [(place * scale).tolist() for _, place in plan.decoys], float(plan.angle), flags_of(plan), plan.shape,
                   tuple((np.ptp(plan.outline, axis=0) * scale).tolist()), gap_outline, slider_outline,
-                  *measure_visibility(image, [gap_outline, slider_outline]), styles, plan.strength)
+                  visibility.get("gap"), visibility.get("slider"), styles, plan.strength)
 
 # %% ../nbs/02_synth.ipynb #e8f68f9a
 class CaptchaSynth:
@@ -1321,6 +1331,10 @@ class CaptchaSynth:
     def _draw(self, index):
         streams = Streams(self.seed, self.split, index)
         plan = make_plan(self.config, streams("plan"), streams("shape"))
+        luck = dict(gap=self.config.no_gap, slider=self.config.no_slider)
+        plan.absent = tuple(name for (name, p), u in zip(luck.items(), streams("absent").random(2)) if u < p)
+        if plan.absent: plan.strength |= {"overlap": 0.0, "row_offset": 0.0}
+        if "gap" in plan.absent: plan.strength |= {name: 0.0 for name in CONFUSIONS if name != "noise"}; plan.angle = 0.0
         if plan.strength["decoy"]: add_decoys(plan, streams("decoy"))
         canvas, background = self._background(plan, streams("background"))
         attempts, last, cut = [0, 0], self.config.redraws, None                # attempts at the gap and at the slider
@@ -1328,7 +1342,7 @@ class CaptchaSynth:
             cut = cut or self._cut(streams, plan, canvas, attempts[0])
             picture, slider_style = self._lay(streams, plan, canvas, cut[0], attempts[1])
             sample = finish(plan, picture, {"background": background, "gap_style": cut[1], "slider_style": slider_style}, streams("camera"))
-            weak = [v < self.config.min_visibility for v in (sample.visibility, sample.slider_visibility)]
+            weak = [v is not None and v < self.config.min_visibility for v in (sample.visibility, sample.slider_visibility)]
             if not any(w and a < last for w, a in zip(weak, attempts)): return sample
             if weak[0] and attempts[0] < last: cut = None
             attempts = [min(a + w, last) for w, a in zip(weak, attempts)]
@@ -1350,16 +1364,17 @@ class CaptchaSynth:
         picture = canvas.copy()
         scene, style = picture[y0:y1, x0:x1], choose(self.config.gap_styles, rng)
         if boost == 1: style = "dark" if self._grey(canvas, plan.gap_outline) > 110 else "light"
-        everywhere, state = chance(rng, 0.6), rng.bit_generator.state
+        everywhere, state = chance(rng, 0.6) or "gap" in plan.absent, rng.bit_generator.state
         strength = plan.strength | ({"noise": 0.0} if everywhere else {})
-        for outline in [outline + place for outline, place in plan.decoys] + [plan.gap_outline]:
+        for outline in [outline + place for outline, place in plan.decoys] + [plan.gap_outline]*("gap" not in plan.absent):
             rng.bit_generator.state = state                      # decoys wear the gap's own style
             paint_gap(scene, outline - (x0, y0), style, strength, rng, boost)
         if plan.strength["noise"] and everywhere: add_perlin(scene, plan.strength["noise"], rng)
-        return picture, style
+        return picture, None if "gap" in plan.absent else style
 
     def _lay(self, streams, plan, canvas, cut, attempt):
         "The picture with its slider, and the name of the slider's style."
+        if "slider" in plan.absent: return cut, None
         boost, rng, picture = attempt / max(self.config.redraws, 1), streams("slider", attempt), cut.copy()
         style = choose(self.config.slider_styles, rng)
         if boost == 1: style = "white_border" if self._grey(cut, plan.slider_outline) < 170 else "color_border"
@@ -1385,8 +1400,7 @@ def contact_sheet(
         height, width = sample.image.shape[:2]
         scale = min(cell[0] / width, cell[1] / height)
         small = cv2.resize(sample.image, (int(width * scale), int(height * scale)), interpolation=cv2.INTER_AREA)
-        dots = [(sample.gap, (0, 255, 0)), (sample.slider, (255, 0, 0))] + [(decoy, (60, 60, 255)) for decoy in sample.decoys]
-        for point, tint in dots if marks else []:
+        for point, tint in sample.points if marks else []:
             cv2.circle(small, to_cv2(np.array(point) * scale).tolist(), 3 * 64, tint, -1, cv2.LINE_AA, 6)
         y, x = k // columns * (cell[1] + 4), k % columns * (cell[0] + 4)
         sheet[y:y + small.shape[0], x:x + small.shape[1]] = small
@@ -1399,9 +1413,10 @@ def draw_labels(
 ) -> np.ndarray:   # uint8 [zoom * H, zoom * W, 3]
     "The picture with its outlines: gap green, slider red, decoys blue crosses."
     picture = cv2.resize(sample.image, None, fx=zoom, fy=zoom, interpolation=cv2.INTER_NEAREST)
-    for outline, tint in [(sample.gap_outline, (0, 255, 0)), (sample.slider_outline, (255, 0, 0))]:
+    outlines = [(sample.gap, sample.gap_outline, (0, 255, 0)), (sample.slider, sample.slider_outline, (255, 0, 0))]
+    for outline, tint in [(outline, tint) for point, outline, tint in outlines if point]:
         cv2.polylines(picture, [to_cv2(outline, zoom)], True, tint, 1, cv2.LINE_AA, 6)
-    for point, tint in [(sample.gap, (0, 255, 0)), (sample.slider, (255, 0, 0))] + [(decoy, (60, 60, 255)) for decoy in sample.decoys]:
+    for point, tint in sample.points:
         cv2.drawMarker(picture, np.rint(np.array(point) * zoom - 0.5).astype(int).tolist(), tint, cv2.MARKER_CROSS, 12, 1)
     return picture
 
@@ -1423,7 +1438,8 @@ def browse(
         sample = CaptchaSynth(config.model_copy(update=fixed), controls["seed"].value).draw(controls["index"].value)
         picture.value = cv2.imencode(".jpg", draw_labels(sample)[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 90])[1].tobytes()
         flags = " ".join(name[4:] for name, value in sample.flags.items() if value)
-        caption.value = f"gap ({sample.gap[0]:.2f}, {sample.gap[1]:.2f}), visibility {sample.visibility:.2f}: {sample.shape}, {flags}"
+        gap = f"gap ({sample.gap[0]:.2f}, {sample.gap[1]:.2f}), visibility {sample.visibility:.2f}" if sample.gap else "no gap"
+        caption.value = f"{gap}: {sample.shape}, {flags}"
         box.sample = sample
     for control in controls.values(): control.observe(update, "value")
     update()

@@ -457,6 +457,26 @@ def test_processes_share_an_epoch_without_overlap(length, batch, world, epoch, e
     assert set(trained) <= set(range(epoch * length, (epoch + 1) * length) if endless else range(length))
 
 
+def test_pictures_without_a_gap_or_a_slider(tmp_path):
+    "Drawn, written, read, packed and exchanged as COCO: NaN, and never by mistake."
+    config = config_of("directory", tmp_path / "data", max_decoys=2).override("synth.no_gap=0.5", "synth.no_slider=0.5")
+    synth.write_dataset(config.synth, config.seed, tmp_path / "data", 12, 12, workers=1)
+    read = DataPipeline(config).dataset("val")
+    drawn = SyntheticDataset(config, "val")
+    quick = PackedDataset(read, tmp_path / "cache")
+    kinds = set()
+    for i in range(12):
+        a, b, c = read[i], drawn[i], quick[i]
+        for key in ("gap_coords", "slider_coords"): assert torch.allclose(a[key], b[key], atol=1e-3, equal_nan=True) and torch.equal(a[key].isnan(), c[key].isnan())
+        kinds.add((bool(a["gap_coords"].isnan().all()), bool(a["slider_coords"].isnan().all())))
+    assert len(kinds) == 4
+    records = [json.loads(line) for line in (tmp_path / "data/val/labels.jsonl").read_text().splitlines()]
+    write_coco(tmp_path / "a.json", records)
+    assert read_coco(tmp_path / "a.json") == records
+    for wrong in (dict(gap=None), dict(no_gap=True), dict(gap=None, no_gap=1), dict(gap=None, no_gap=True, slider=None)):
+        assert check_record({**GOOD, **wrong}), wrong
+
+
 # ── the cache ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 def packed(split, **more):

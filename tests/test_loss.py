@@ -32,6 +32,23 @@ def world(seed, size, spread=4.):
     return outputs | dict(valid=valid), batch
 
 
+@given(seeds, sizes, st.lists(st.sampled_from(['gap_coords', 'slider_coords']), unique=True, min_size=1))
+@settings(deadline=None)
+def test_what_is_not_there_has_silence_for_a_target(seed, size, absent):
+    "Only its own heat map learns anything, at every cell, and as if no cell were the true one; the loss does not know of the point."
+    outputs, batch = world(seed, size)
+    nothing = batch | {name: torch.full_like(batch[name], math.nan) for name in absent}
+    maps = {name: value.clone().requires_grad_() for name, value in outputs.items() if name != 'valid'}
+    parts = CaptchaLoss(Config().loss)(maps | dict(valid=outputs['valid']), nothing)
+    parts['loss'].backward()
+    assert all(value.isfinite() for value in parts.values()) and all(value.grad is None or value.grad.isfinite().all() for value in maps.values())
+    for number, name in enumerate(('gap', 'slider')):
+        if f'{name}_coords' not in absent: continue
+        silent = slow_focal(outputs[f'{name}_heatmap'], torch.zeros_like(outputs['gap_heatmap']), outputs['valid'], 2., 4.)
+        assert parts[f'{name}_focal'].item() == pytest.approx(silent, rel=1e-4)
+        assert (maps['offsets'].grad[:, 2*number:2*number + 2] == 0).all()
+
+
 def log_sigmoid(z): return -math.log1p(math.exp(-z)) if z > 0 else z - math.log1p(math.exp(z))
 
 

@@ -241,6 +241,25 @@ def test_a_flag_never_stands_for_nothing(name):
         assert a.image.shape != b.image.shape or (a.image != b.image).any()
 
 
+def test_what_is_absent_is_not_drawn_and_all_else_stays():
+    "Against the same samples with everything: the picture differs where the absent piece was, and nowhere else."
+    plain = SynthConfig(**SMALL, **OFF, min_visibility=0.0)
+    whole, gapless, bare = (CaptchaSynth(plain.model_copy(update=p), 5) for p in ({}, {"no_gap": 1.0}, {"no_gap": 1.0, "no_slider": 1.0}))
+    for i in range(12):
+        a, b, c = (s.draw(i) for s in (whole, gapless, bare))
+        assert (b.gap, b.visibility, b.decoys, c.slider) == (None, None, [], None) and b.slider == a.slider and b.flags == c.flags
+        assert b.styles["gap_style"] is None and b.styles["slider_style"] == a.styles["slider_style"]
+        for one, two, point, size in ((a, b, a.gap, 3.0), (b, c, a.slider, 4.0)):   # shadows and glow reach beyond the piece
+            y, x = np.nonzero((one.image != two.image).any(2))
+            assert len(x) and (np.abs(np.stack([x, y], 1) + 0.5 - point).max(0) <= size / 2 * np.array(a.piece_size) + 8).all()
+        assert b.record("x")["gap"] is None and b.record("x")["no_gap"] and "no_slider" not in b.record("x")
+    some = [CaptchaSynth(SynthConfig(no_gap=0.3, no_slider=0.2), 1).draw(i) for i in range(150)]
+    assert 0.2 < np.mean([s.gap is None for s in some]) < 0.4 and 0.1 < np.mean([s.slider is None for s in some]) < 0.3
+    for sample in some:
+        shown = [name for name in ("decoy", "rotation", "highlight", "hollow", "bright_edge", "row_offset", "overlap") if sample.flags[f"has_{name}"]]
+        assert sample.gap or not (shown or sample.gap_angle or sample.decoys)
+
+
 def test_rows_agree_unless_flagged():
     samples = [CaptchaSynth(SynthConfig(**only(row_offset=s)), 3).draw(i) for s in (0.0, 0.1, 1.0) for i in range(20)]
     for sample in samples:

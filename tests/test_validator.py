@@ -10,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 from torch.utils.data import DataLoader
 
 from captcha_hrnet import validator as module
-from captcha_hrnet.config import Config
+from captcha_hrnet.config import Config, UserError
 from captcha_hrnet.geometry import Letterbox, letterbox
 from captcha_hrnet.validator import HIT_PX, Validator, bootstrap_intervals, direction, gather_rows, group_metrics, metrics_of, sample_errors
 from toys import HEIGHT, WIDTH, Toy, batch_of
@@ -138,6 +138,22 @@ def by_hand(model, samples):
         found.append(back(answer['gap_coords'][0]) + back(answer['slider_coords'][0]))
         true.append(back(sample['gap_coords']) + back(sample['slider_coords']))
     return np.array(found), np.array(true)
+
+
+def test_pictures_without_a_gap_or_a_slider_have_rates_and_no_errors(model):
+    samples = list(Samples(13))
+    for index, name in ((2, 'gap'), (5, 'gap'), (5, 'slider'), (9, 'slider')):
+        samples[index] = samples[index] | {f'{name}_coords': torch.full((2,), math.nan)}
+    validator = Validator(config_of(), 'cpu')
+    result = validator.validate(model, DataLoader(samples, 4))
+    complete = [index for index in range(13) if index not in (2, 5, 9)]
+    alone = Validator(config_of(), 'cpu').validate(model, DataLoader([samples[index] for index in complete], 4))
+    assert result['n'] == 10 and validator.rows['index'].tolist() == complete and validator.lacking['index'].tolist() == [2, 5, 9]
+    assert all(result[name] == pytest.approx(alone[name], rel=1e-4, abs=1e-2) for name in NAMES) and 'false_gaps' not in alone
+    with torch.no_grad(): scores = {i: model.eval().decode_predictions(model(samples[i]['image'][None])) for i in (2, 5, 9)}
+    assert result['false_gaps'] == 100*np.mean([scores[i]['gap_score'].item() >= .1 for i in (2, 5)])
+    assert result['false_sliders'] == 100*np.mean([scores[i]['slider_score'].item() >= .1 for i in (5, 9)])
+    with pytest.raises(UserError, match='nothing to measure'): validator.validate(model, DataLoader([samples[2]], 1))
 
 
 @torch.no_grad()
