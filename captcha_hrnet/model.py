@@ -384,15 +384,15 @@ class PredictionHead(nn.Module):
     "A 3×3 layer, then a 1×1 convolution that stays in float32 under AMP."
     def __init__(self,
         in_channels: int,          # the neck's width
-        channels: int,             # hidden width
+        channels: int,             # hidden width; 0: no 3×3 layer
         out_channels: int,         # maps out
         separable: bool = True,    # light 3×3 layer
         bias: float = 0.,          # of the output at the start
         weight_std: float = 0.01,  # of the output's weights at the start
     ):
         super().__init__()
-        self.hidden = initialise(smoothing(in_channels, channels, separable))
-        self.out = nn.Conv2d(channels, out_channels, 1)
+        self.hidden = initialise(smoothing(in_channels, channels, separable)) if channels else nn.Identity()
+        self.out = nn.Conv2d(channels or in_channels, out_channels, 1)
         nn.init.normal_(self.out.weight, std=weight_std)
         nn.init.constant_(self.out.bias, bias)
 
@@ -409,7 +409,7 @@ class CaptchaKeypointNet(nn.Module):
         backbone: LiteHRNet | RepHRNet, # returns four maps
         neck_channels: int = 64,        # width of the pyramid
         neck_separable: bool = True,    # light 3×3 layers in pyramid and heads
-        head_channels: int = 64,        # hidden width of each head
+        head_channels: int = 64,        # hidden width of each head; 0: the neck's last 3×3 layer serves them all
         angle_head: bool = False,       # predict (sin, cos) of the gap's angle
         decode: str = 'offset',         # 'offset', 'soft_argmax' or 'dark'
         top_k: int = 5,                 # candidates

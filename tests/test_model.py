@@ -189,7 +189,7 @@ def test_fusion_weights_stay_non_negative():
 
 
 @pytest.mark.parametrize('overrides', [{}, {'neck_separable': False}, {'angle_head': True},
-                                       {'name': 'naive_lite_hrnet_18', 'neck_channels': 16}, {'head_channels': 16},
+                                       {'name': 'naive_lite_hrnet_18', 'neck_channels': 16}, {'head_channels': 16}, {'head_channels': 0},
                                        {'name': 'lite_hrnet_30'}, {'in_channels': 3}])
 def test_every_parameter_learns(overrides):
     model = create_lite_hrnet_18_fpn(overrides).train()

@@ -1,6 +1,7 @@
-"""The twin against Lite-HRNet, in one run: `python tools/compare_backbones.py speed accuracy --seeds 0 1`. It writes nbs/backbones.json, which the notebook
-"twin" draws. Speed needs onnx, onnxruntime and openvino, and three minutes; accuracy trains every backbone for every seed, half an hour."""
-import argparse, json, resource, subprocess, sys, tempfile, time, warnings
+"""Networks that one may choose from, side by side: `python tools/compare_networks.py backbones speed accuracy --seeds 0 1`, or `heads` for necks and heads. It writes
+nbs/backbones.json, which the notebook "twin" draws, or nbs/heads.json, which "model" draws. Speed needs onnx, onnxruntime and openvino, and some minutes;
+accuracy trains every network for every seed, four minutes of a processor each."""
+import argparse, itertools, json, resource, subprocess, sys, tempfile, time, warnings
 from functools import partial
 from pathlib import Path
 
@@ -15,9 +16,15 @@ from captcha_hrnet.config import load_config
 from captcha_hrnet.model import OperationCounter, create_lite_hrnet_18_fpn, model_table
 from captcha_hrnet.twin import folded
 
-ROOT, FILE = Path(__file__).parents[1], Path(__file__).parents[1]/"nbs"/"backbones.json"
+ROOT = Path(__file__).parents[1]
 BACKBONES = {"lite_hrnet_18": [], "naive_lite_hrnet_18": ["model.name=naive_lite_hrnet_18"],
              "rep_hrnet_18": [f"model.{key}={value}" for key, value in load_config(ROOT/"configs"/"fast.yaml").model if key in ("name", "neck_channels", "head_channels")]}
+def head(neck: int, hidden: int, separable: bool) -> list[str]:
+    return [f"model.neck_channels={neck}", f"model.head_channels={hidden}", f"model.neck_separable={separable}"]
+
+HEADS = {"64, separable": [], "32, separable": head(32, 32, True), "128, separable": head(128, 128, True), "64, dense": head(64, 64, False),
+         "64, shared": head(64, 0, True), "128, shared": head(128, 0, True), "64, shared, dense": head(64, 0, False)}   # width of neck and heads
+NETWORKS = dict(backbones=BACKBONES, heads=HEADS)
 EPOCHS = 5   # of the quickstart, instead of eight
 
 class Maps(nn.Module):
@@ -59,9 +66,9 @@ def with_statistics(model):
     model.train()(torch.rand(2, 4, 256, 512, generator=torch.Generator().manual_seed(0)))
     return model
 
-def speed(rounds: int) -> dict:  # backbone -> what it holds and costs; ratios are rates against the first
+def speed(networks: dict, rounds: int) -> dict:  # name -> what it holds and costs; ratios are rates against the first
     rows, variants = {}, {"ONNX Runtime": {}, "OpenVINO": {}, "training step": {}}
-    for name, changes in BACKBONES.items():
+    for name, changes in networks.items():
         config = load_config(ROOT/"configs"/"training_config.yaml", [*changes, "train.batch_size=2", "train.amp=off", "hardware.device=cpu"])
         model = with_statistics(create_lite_hrnet_18_fpn(config.model))
         use, parameters = folded(model), sum(p.numel() for p in model.parameters())
@@ -77,10 +84,10 @@ def processor_seconds() -> float:  # of all commands that have ended
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
 
-def trained(name: str, seed: int) -> dict:
+def trained(changes: list[str], seed: int) -> dict:
     "The best epoch's metrics of a short quickstart."
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "captcha_hrnet.train", "--config", str(ROOT/"configs"/"quickstart.yaml"), "--set", *BACKBONES[name], f"seed={seed}",
+        command = [sys.executable, "-m", "captcha_hrnet.train", "--config", str(ROOT/"configs"/"quickstart.yaml"), "--set", *changes, f"seed={seed}",
                    f"sched.epochs={EPOCHS}", f"logging.log_dir={folder}/logs", f"logging.tensorboard_dir={folder}/tensorboard", f"checkpoints.save_dir={folder}/checkpoints"]
         start, before = time.perf_counter(), processor_seconds()
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
@@ -92,15 +99,22 @@ def trained(name: str, seed: int) -> dict:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("networks", choices=NETWORKS)
     parser.add_argument("what", nargs="+", choices=("speed", "accuracy"))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", module="torch.onnx")
-    found = json.loads(FILE.read_text()) if FILE.exists() else {}
-    if "speed" in args.what: found["speed"] = dict(machine=machine() | dict(onnxruntime=onnxruntime.__version__, openvino=openvino.__version__), rows=speed(args.rounds))
-    if "accuracy" in args.what: found["accuracy"] = dict(epochs=EPOCHS, rows={name: [trained(name, seed) for seed in args.seeds] for name in BACKBONES})
-    FILE.write_text(json.dumps(found, indent=1) + "\n")
+    networks, file = NETWORKS[args.networks], ROOT/"nbs"/f"{args.networks}.json"
+    found = json.loads(file.read_text()) if file.exists() else {}
+    def keep(**more):
+        found.update(more)
+        file.write_text(json.dumps(found, indent=1) + "\n")
+    if "speed" in args.what: keep(speed=dict(machine=machine() | dict(onnxruntime=onnxruntime.__version__, openvino=openvino.__version__), rows=speed(networks, args.rounds)))
+    rows = {name: [] for name in networks}
+    for seed, name in itertools.product(args.seeds, networks) if "accuracy" in args.what else ():
+        rows[name].append(trained(networks[name], seed))
+        keep(accuracy=dict(epochs=EPOCHS, rows=rows))
 
 if __name__ == "__main__": main()
