@@ -156,11 +156,21 @@ def train_variants(
     device = pick_device(config.hardware.device)
     changes = {'as configured': {}, 'other memory format': dict(channels_last=not config.train.channels_last)}
     changes |= {f'amp {amp}': dict(amp=amp) for amp in ('bf16', 'off') if amp != config.train.amp and device.type == 'cuda'}
+    if config.train.compile: changes |= {'not compiled': dict(compile=False)}
+    elif not config.train.activation_checkpointing: changes |= {'activation checkpointing': dict(activation_checkpointing=True)}
     def variant(change):
         tree = config.to_dict()
         tree['train'] |= change
         return partial(repeated, _training(Config(**tree), device), seconds, device)
-    return {name: variant(change) for name, change in changes.items()}
+    threads = {1, int(machine()['cores'])} - {torch.get_num_threads()} if device.type == 'cpu' else ()
+    return {name: variant(change) for name, change in changes.items()} | {
+        f'{count} thread{"s"*(count != 1)}': partial(_with_threads, count, variant({})) for count in sorted(threads)}
+
+def _with_threads(count, measure) -> float:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try: return measure()
+    finally: torch.set_num_threads(before)
 
 def _training(config, device) -> Callable[[], int]:
     engine = TrainingEngine(create_lite_hrnet_18_fpn(config.model), config, device)

@@ -320,8 +320,10 @@ class TrainConfig(Section):
     amp: Literal["bf16", "fp16", "off"] = "bf16"  # mixed precision; fp16 needs a GPU
     channels_last: bool = True
     compile: bool = False                         # torch.compile
+    activation_checkpointing: bool = False        # keep fewer maps for the backward pass, and compute them again: less memory, more time
     log_every: Count = 20                         # optimiser steps
     max_nonfinite_steps: CountOrNone = 20         # dropped steps after which the run stops
+    rules = (Rule(("activation_checkpointing", "compile"), lambda train: not (train.activation_checkpointing and train.compile), "must be false with train.compile"),)
 
 # %% ../nbs/00_config.ipynb #71d739a8
 METRICS = {"mae_px": "min", "rmse_px": "min", "median_px": "min", "p95_px": "min", "gap_mae": "min", "slider_mae": "min",

@@ -214,7 +214,9 @@ def make_sample(
     kept = np.asarray(label['decoys'], np.float64).reshape(-1, 2)[:max_decoys]
     if len(kept): decoys[:len(kept)], mask[:len(kept)] = torch.tensor(letterbox(kept, box.params)).float(), True
     point = lambda key: torch.tensor(letterbox(label[key], box.params)).float()
-    return dict(image=torch.from_numpy(letterbox_image(image, box)), gap_coords=point('gap'), slider_coords=point('slider'),
+    points = dict(gap_coords=point('gap'), slider_coords=point('slider'))
+    present = torch.stack([p.isfinite().all() for p in points.values()])
+    return dict(image=torch.from_numpy(letterbox_image(image, box)), **points, present=present,
                 **label['flags'], decoys=decoys, decoy_mask=mask, gap_angle=float(label['gap_angle']),
                 letterbox=torch.tensor(box.params), index=index)
 

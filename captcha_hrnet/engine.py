@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['log', 'learning_rate', 'parameter_groups', 'make_ema', 'Meter', 'CheckpointError', 'write_file', 'save_checkpoint',
            'load_checkpoint', 'newest_checkpoint', 'random_state', 'set_random_state', 'seed_everything', 'to_device',
-           'windows', 'TrainingEngine', 'NonFiniteError', 'train_epoch', 'should_stop', 'state_dict', 'load_state_dict',
-           'whole_number']
+           'CheckpointedStage', 'windows', 'TrainingEngine', 'NonFiniteError', 'train_epoch', 'should_stop',
+           'state_dict', 'load_state_dict', 'whole_number']
 
 # %% ../nbs/06_engine.ipynb #a735b3dc
 import io, itertools, logging, math, os, random, time, zipfile
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
+from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 from .config import UserError, write_atomically
 from .loss import CaptchaLoss
@@ -180,6 +181,22 @@ def to_device(batch: dict, device) -> dict:
     return {name: place(value) if isinstance(value, Tensor) and (device.type != 'mps' or value.dtype != torch.float64) else value
             for name, value in batch.items()}
 
+# %% ../nbs/06_engine.ipynb #a499dc9d
+class CheckpointedStage(nn.Sequential):
+    "A stage that keeps the maps between its modules alone for the backward pass, and computes those within them again (Chen et al., 2016)."
+    def forward(self, maps):
+        for module in self: maps = checkpoint(module, maps, use_reentrant=False, context_fn=lambda module=module: (nullcontext(), _seen_once(module)))
+        return maps
+
+@contextmanager
+def _seen_once(module):
+    "The running statistics of norms do not count a batch twice."
+    buffers = list(module.buffers())
+    before = [buffer.clone() for buffer in buffers]
+    try: yield
+    finally: torch._foreach_copy_(buffers, before)
+
+# %% ../nbs/06_engine.ipynb #9edc247c
 def windows(loader, size: int):
     "Lists of `size` batches; the last may be shorter."
     batches = iter(loader)
@@ -203,6 +220,8 @@ class TrainingEngine:
                                            betas=tuple(optimizer.betas), eps=optimizer.eps, fused=self.device.type in ('cpu', 'cuda'))
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=train.amp == 'fp16')
         self.amp_dtype = dict(bf16=torch.bfloat16, fp16=torch.float16, off=None)[train.amp]
+        if train.activation_checkpointing:
+            for i in range(3): getattr(self.model.backbone, f'stage{i}').__class__ = CheckpointedStage   # after the average has its own copy
         if train.compile: self.model.compile()
         self.parallel = DistributedDataParallel(self.model) if dist.is_initialized() else self.model
         self.buffers_before = [b.clone() for b in self.model.buffers()]

@@ -112,12 +112,13 @@ class CaptchaLoss(nn.Module):
 
     def forward(self,
         outputs: dict,  # of the model: gap_heatmap, slider_heatmap, offsets, valid, and angle if it has that head
-        batch: dict,    # gap_coords, slider_coords [B, 2] (NaN where there is none), decoys [B, K, 2] in input px, decoy_mask [B, K], gap_angle [B]
+        batch: dict,    # gap_coords, slider_coords [B, 2], present bool [B, 2] (whether there is a gap, and a slider; without it there are), decoys [B, K, 2] in input px, decoy_mask [B, K], gap_angle [B]
     ) -> dict:          # scalars: loss, gap_focal, slider_focal, offset, margin and angle
         with torch.autocast(outputs['offsets'].device.type, enabled=False):
             parts, config, valid = {}, self.config, outputs['valid']
             points = dict(gap=batch['gap_coords'], slider=batch['slider_coords'])
-            present = {name: p.isfinite().all(1) for name, p in points.items()}   # NaN: there is none, and no cell is one
+            there = batch['present'] if 'present' in batch else torch.ones_like(batch['gap_coords'], dtype=torch.bool)
+            present = dict(zip(points, there.unbind(1)))
             points = {name: p.where(present[name][:, None], 0.) for name, p in points.items()}
             targets = {name: self._target(p, present[name], outputs['offsets'].shape[-2:]) for name, p in points.items()}
             for name, (heat, _, _) in targets.items():

@@ -156,6 +156,23 @@ def test_frozen_batchnorm_counter_and_bf16_weights_are_averaged_too():
     torch.testing.assert_close(ema.module[0].weight, torch.full((2, 2), (1*2/11 + 3*9/11)*.25 + 5*.75).bfloat16(), atol=.05, rtol=0)
 
 
+@pytest.mark.parametrize('name', ['naive_lite_hrnet_18', 'rep_hrnet_18'])
+def test_activation_checkpointing_changes_no_bit(name):
+    "Weights, averages, statistics and the dropping of a bad step; with accumulation."
+    def trained(checkpointing):
+        config = Config(model=dict(name=name, neck_channels=8, head_channels=8), hardware=dict(device='cpu'),
+                        train=dict(amp='off', activation_checkpointing=checkpointing), optimizer=dict(lr=1e-2))
+        torch.manual_seed(0)
+        engine = TrainingEngine(create_lite_hrnet_18_fpn(config.model), config, 'cpu')
+        engine.model.train()
+        for seed in range(3): engine._train_window([batch_of(2, seed), poisoned(batch_of(2, 9), 'nan label') if seed == 1 else batch_of(2, seed + 10)])
+        return engine
+    one, two = trained(False), trained(True)
+    assert (one.step, one.dropped) == (two.step, two.dropped) == (2, 1)
+    for a, b in ((one.model, two.model), (one.ema.module, two.ema.module)):
+        assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
 def test_optimizer_groups_of_the_real_network():
     model = create_lite_hrnet_18_fpn({'name': 'naive_lite_hrnet_18', 'neck_channels': 16, 'head_channels': 16})
     decay, keep = parameter_groups(model, .03)

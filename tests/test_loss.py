@@ -37,7 +37,8 @@ def world(seed, size, spread=4.):
 def test_what_is_not_there_has_silence_for_a_target(seed, size, absent):
     "Only its own heat map learns anything, at every cell, and as if no cell were the true one; the loss does not know of the point."
     outputs, batch = world(seed, size)
-    nothing = batch | {name: torch.full_like(batch[name], math.nan) for name in absent}
+    present = torch.tensor([[name not in absent for name in ('gap_coords', 'slider_coords')]]*size[0])
+    nothing = batch | {name: torch.full_like(batch[name], math.nan) for name in absent} | dict(present=present)
     maps = {name: value.clone().requires_grad_() for name, value in outputs.items() if name != 'valid'}
     parts = CaptchaLoss(Config().loss)(maps | dict(valid=outputs['valid']), nothing)
     parts['loss'].backward()

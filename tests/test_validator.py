@@ -141,9 +141,10 @@ def by_hand(model, samples):
 
 
 def test_pictures_without_a_gap_or_a_slider_have_rates_and_no_errors(model):
-    samples = list(Samples(13))
+    samples = [sample | dict(present=torch.ones(2, dtype=torch.bool)) for sample in Samples(13)]
     for index, name in ((2, 'gap'), (5, 'gap'), (5, 'slider'), (9, 'slider')):
-        samples[index] = samples[index] | {f'{name}_coords': torch.full((2,), math.nan)}
+        samples[index][f'{name}_coords'] = torch.full((2,), math.nan)
+        samples[index]['present'][name == 'slider'] = False
     validator = Validator(config_of(), 'cpu')
     result = validator.validate(model, DataLoader(samples, 4))
     complete = [index for index in range(13) if index not in (2, 5, 9)]
