@@ -276,6 +276,7 @@ def clear(self: Annotator):
     if self.points: self.store.change(self.name, {}); self._draw()
 
 def step(self: Annotator, by: int):  # pictures: 1 is the next one
+    "Move on or back."
     self.number.value += by
 
 def first(self: Annotator):

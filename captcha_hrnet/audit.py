@@ -342,6 +342,7 @@ def verdict(level: dict) -> str:
     return 'worth trying' if level.get('people_interval', [0, 0])[1] <= LITTLE else 'costs people too'
 
 def metric_words(metric: str) -> str:
+    "One of `HITS`, as a reader says it."
     return f'{"slides" if metric.startswith("slide") else "answers"} within {metric[-3]} px'
 
 def sentence(level: dict, metric: str) -> str:

@@ -353,7 +353,9 @@ def lead_sentences(e: Evaluation) -> list[str]:
     return [f'{e.name}: {hit("slide_hit_le_5px")} of the {m["n"]} captchas get a slide distance that is right within 5 px, {hit("slide_hit_le_2px")} within 2 px.',
             f'Half of all answers are off by less than {m["median_px"]:.2f} px, one in twenty by more than {m["p95_px"]:.1f} px; the mean is {m["mae_px"]:.2f} px.']
 
-def p_text(p: float) -> str: return f'p = {p:.3f}' if p >= .001 else 'p < 0.001'
+def p_text(p: float) -> str:
+    "A probability, to a thousandth."
+    return f'p = {p:.3f}' if p >= .001 else 'p < 0.001'
 
 def verdict(name: str, test: dict, first: str, second: str) -> str:
     "One metric of a paired test, in words."

@@ -22,6 +22,7 @@ import numpy as np
 import traitlets
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.compat.tensorflow_stub.errors import NotFoundError
 from torch.utils.data import DataLoader
 from .config import Config, ConfigManager, UserError, write_atomically
 from .data import EvalBatches, SyntheticDataset, read_image
@@ -130,7 +131,7 @@ def answered_metrics(
     return share | (metrics_of({name: value[kept] for name, value in predictions.errors.items()}) if len(kept) else {})
 
 # %% ../nbs/11_widget.ipynb #b1a5073a
-COLOURS = dict(truth='#56b4e9', found='#e69f00', other='#e58fc0')
+COLOURS = dict(truth='#56b4e9', found='#e69f00', other='#ffffff')
 
 def _shape(kind, x, y, r):
     "The outline of a mark as an SVG path."
@@ -203,7 +204,8 @@ CSS = """
 .chv-name { font-weight: 600; overflow-wrap: anywhere; margin: 4px 0; }
 .chv table { border-collapse: collapse; margin: 6px 0; font-variant-numeric: tabular-nums; } .chv-wide { overflow-x: auto; contain: inline-size; }
 .chv th, .chv td { padding: 2px 9px; text-align: right; border-bottom: 1px solid #8885; white-space: nowrap; }
-.chv th:first-child, .chv td:first-child { text-align: left; }
+.chv th { white-space: normal; vertical-align: bottom; } .chv th:first-child, .chv td:first-child, .chv .chv-text { text-align: left; }
+.chv-panel th, .chv-panel td { padding: 2px 5px; }
 .chv tr.chv-here td { font-weight: 700; }
 .chv-flag { border: 1px solid currentColor; border-radius: 9px; padding: 0 7px; font-size: 12px; margin-right: 4px; white-space: nowrap; }
 """
@@ -214,10 +216,11 @@ def table(
     caption: str = '',
     here: int | None = None,  # the row that is marked as the current one
 ) -> str:
-    "Rows as an HTML table; the first cell of each names it."
-    top = ''.join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
+    "Rows as an HTML table; the first cell of each names it, columns of words begin on the left."
+    words = [any(row[k][:1].isalpha() and row[k] not in ('nan', 'inf') for row in rows) for k in range(len(head))]
+    line = lambda tag, row: ''.join(f'<{tag}{" scope=col"*(tag == "th")}{" class=chv-text"*word}>{escape(text)}</{tag}>' for text, word in zip(row, words))
     begin = lambda i: '<tr class="chv-here" aria-current="true">' if i == here else '<tr>'
-    body = ''.join(begin(i) + ''.join(f'<td>{escape(cell)}</td>' for cell in row) + '</tr>' for i, row in enumerate(rows))
+    top, body = line('th', head), ''.join(begin(i) + line('td', row) + '</tr>' for i, row in enumerate(rows))
     whole = f'<table aria-label="{escape(caption)}"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>'
     return f'<div>{escape(caption)}</div><div class="chv-wide">{whole}</div>'
 
@@ -360,7 +363,7 @@ def _controls(self: Browser):
     self.low, self.high = (W.BoundedFloatText(value, min=0, max=1e6, step=.5, description=text, **_look(width))
                            for value, text, width in ((0, 'Error from, px', 160), (self.largest, 'to, px', 120)))
     self.threshold, self.threshold_slider, threshold = numbered_slider('Confidence threshold', 0., 0., 1., .01, 'answers below it count as none')
-    self.top = _flow(self.view, self.sort, self.search, self.answer, self.low, self.high, threshold)
+    self.top = _flow(self.view, self.sort, self.search, self.answer, W.HBox([self.low, self.high]), threshold)
     self.ticks = {name: W.Checkbox(description=f'{name} ({int(value.sum())})', indent=False, layout=W.Layout(width='auto'))
                   for name, value in a.flags.items()}
     self.flags, self.metrics = _flow(W.Label('Has all of:'), *self.ticks.values()), W.HTML()
@@ -482,8 +485,8 @@ def _grid(self: Browser):
         if place >= len(page): continue
         row = int(page[place])
         thumb.value = self.thumbnail(row)
-        errors = [f'{m.errors["error"][row]:.1f} px' if m.confidence[row] >= self.threshold.value else 'none' for m in self.models]
-        button.description = f'{" / ".join(errors)} · {Path(p.names[row]).name}'
+        errors = [f'{m.errors["error"][row]:.1f}' if m.confidence[row] >= self.threshold.value else 'none' for m in self.models]
+        button.description = f'{" / ".join(errors)} px · {Path(p.names[row]).name}'
         button.tooltip = f'open {p.names[row]}'
         button.button_style = 'info' if self._first() + place == self.number.value - 1 else ''
 
@@ -712,7 +715,7 @@ button { background: transparent; border: 1px solid var(--line); border-radius: 
 #grid button[aria-current] { outline: 3px solid var(--accent); }
 #one { scroll-margin-top: 60px; }
 #bar { position: sticky; top: 0; background: var(--ground); padding: 6px 0; display: flex; flex-wrap: wrap; gap: 10px; align-items: center; z-index: 1; }
-@media (max-width: 600px) { body { padding: 8px; } #controls label { flex-basis: 100%; } #keys { display: none; } #flags label { flex-basis: auto; } .chv td, .chv th { padding: 2px 6px; } }
+@media (max-width: 600px) { body { padding: 8px; } #controls label { flex-basis: 100%; } #keys { display: none; } #flags label { flex-basis: auto; } .chv td, .chv th { padding: 2px 6px; } .chv th { white-space: nowrap; } }
 """
 
 PAGE = """<!doctype html>
@@ -769,19 +772,24 @@ class RunFiles:
         manager: ConfigManager,
         since: int = 0,   # seconds since 1970: files of earlier runs of the same version are none of its
     ):
-        self.manager, self.since, self.events = manager, since, {}
+        self.manager, self.since, self.events, self.gone = manager, since, {}, False   # gone: the files were there, and were removed
         self.records, self.steps, self.picture, self.lines = [], {}, None, []   # picture: (epoch, PNG); lines: the end of the log
 
     def read(self) -> tuple:  # changes when there is something new
-        "Take in what is new."
+        "Take in what is new; what was seen stays when the files are removed."
+        try: self._look()
+        except (FileNotFoundError, NotFoundError): self.events, self.gone = {}, True
+        if self.gone and self.events: self.gone, self.steps, self.picture = False, {}, None   # another run in its place: all of it next time
+        return self.gone, len(self.records), len(self.steps), self.picture and self.picture[0], len(self.lines) and self.lines[-1]
+
+    def _look(self):
         path, log = self.manager.log_dir/'metrics.jsonl', self.manager.log_dir/'training.log'
         if path.exists() and path.stat().st_mtime >= self.since: self.records = [json.loads(line) for line in path.read_text().splitlines()]
-        self.lines = log.read_text('utf-8').splitlines()[-4:] if log.exists() else []
+        if log.exists(): self.lines = log.read_text('utf-8').splitlines()[-4:]
         for file in sorted(self.manager.tensorboard_dir.glob('events.out.tfevents.*')):
             if int(file.name.split('.')[3]) >= self.since and file not in self.events:
                 self.events[file] = EventAccumulator(str(file), size_guidance=dict(scalars=0, images=1))
         for event in self.events.values(): self._take(event.Reload())
-        return len(self.records), len(self.steps), self.picture and self.picture[0], len(self.lines) and self.lines[-1]
 
     def _take(self, events):
         "Steps and the newest picture of one file; a resumed run's steps replace those that it repeats."
@@ -837,7 +845,7 @@ def curves(
         draw(hits, 'val', name, name, style)
     seen = max([1, *ends, epoch(max(files.steps, default=0))])
     for axes, title in ((loss, 'loss'), (error, 'error, px'), (hits, 'hits, %'), (rate, 'learning rate')):
-        axes.set(title=title, xlabel='epoch', xlim=(0, seen)); axes.grid(alpha=.3)
+        axes.set(title=title, xlabel='epoch', xlim=(0, 1.03*seen)); axes.grid(alpha=.3)
         if axes is not rate: axes.legend(fontsize=7)
     hits.set_ylim(0, 100); error.set_ylim(bottom=0)
     return figure
@@ -908,7 +916,7 @@ def _draw(self: TrainingView):
     if files.picture:
         says = f'Predictions after epoch {files.picture[0]}, on the heat map of the gap (green circle: truth, red cross: prediction)'
         self.pictures.value = says + self._image(files.picture[1], 'sample predictions')
-    self.tail.value = '<pre style="white-space:pre-wrap;line-height:1.3">' + escape('\n'.join(files.lines)) + '</pre>'
+    self.tail.value = '<pre style="white-space:pre-wrap;word-break:normal;overflow-wrap:anywhere;line-height:1.3">' + escape('\n'.join(files.lines)) + '</pre>'
 
 def _image(self: TrainingView, png: bytes, says: str) -> str:
     return f'<img style="max-width:100%;border-radius:4px" alt="{escape(says)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
@@ -941,7 +949,7 @@ def _error(self: TrainingView) -> list[str]:
 def _say(self: TrainingView):
     "Status line, bar and buttons."
     self.bar.value = min(self.bar.max, max(self.files.steps, default=0))
-    place = f'step {self.bar.value:,} of {self.bar.max:,}; {self._last_epoch()}'
+    place = f'step {self.bar.value:,} of {self.bar.max:,}; {self._last_epoch()}' + f'; {self.manager.tensorboard_dir}: the files of this run were removed'*self.files.gone
     self.status.value = f'<span role="status"><b>{escape(self._state())}</b>; {escape(place)}</span>'
     self.go.disabled, self.end.disabled = self.running, not self.running or self.stopping
     self.go.description = 'Go on' if self.files.steps or self.files.records else 'Start'

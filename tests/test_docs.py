@@ -67,6 +67,23 @@ def visit(page, url):
 
 GROUND = "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3).reduce((sum, part) => sum + +part, 0)"   # 0: black, 765: white
 
+FAINT = """() => {   // the first texts of each kind that stand out from their ground by less than 4.5 : 1 (WCAG), as 'kind: contrast'
+    const parts = s => { const p = s.match(/[\\d.]+/g).map(Number); return p.length < 4 ? [...p, 1] : p };
+    const over = (top, ground, opacity) => ground.map((g, k) => top[k]*opacity + g*(1 - opacity));
+    const light = c => c.slice(0, 3).map(v => v/255).map(v => v <= .03928 ? v/12.92 : ((v + .055)/1.055)**2.4).reduce((sum, v, k) => sum + v*[.2126, .7152, .0722][k], 0);
+    const family = e => e ? [e, ...family(e.parentElement)] : [];
+    const contrast = e => {
+        const all = family(e), ground = all.map(n => parts(getComputedStyle(n).backgroundColor)).reverse().reduce((g, c) => over(c, g, c[3]), [255, 255, 255]);
+        const text = parts(getComputedStyle(e).color), opacity = all.reduce((o, n) => o*getComputedStyle(n).opacity, text[3]);
+        const [low, high] = [light(ground), light(over(text, ground, opacity))].sort((a, b) => a - b);
+        return (high + .05)/(low + .05);
+    };
+    const kinds = ['.navbar-title', '.navbar .menu-text', '.sidebar-link .menu-text', '.sidebar-link.active .menu-text', '.breadcrumb a', 'main h2', 'main p', 'main p a', 'main p code', 'main a code',
+                   'main th', 'main td', 'main figcaption', 'main pre code', 'main pre span.co', 'main pre span.st', 'main pre span.kw', '.cell-output pre code', '.nav-footer div'];
+    return kinds.flatMap(kind => [...document.querySelectorAll(kind)].slice(0, 2).map(contrast).filter(c => c < 4.5).map(c => `${kind}: ${c.toFixed(2)}`));
+}"""
+NAMELESS = "[...document.querySelectorAll('main img, main svg:not([aria-hidden=true]), main iframe')].filter(e => !(e.alt || e.title || e.ariaLabel || e.querySelector('title') || e.closest('figure')?.querySelector('figcaption'))).length"
+
 @needs_chromium
 @pytest.mark.parametrize('half', [0, 1])
 def test_every_page_loads_by_itself(site, address, browser, half):
@@ -80,6 +97,18 @@ def test_every_page_loads_by_itself(site, address, browser, half):
         width = page.evaluate('document.documentElement.scrollWidth')
         assert width <= 390, f'{name}: {width} px wide on a phone of 390'
         assert (page.evaluate(GROUND) > 600) == (scheme == 'light'), f'{name} is not {scheme}'
+        assert page.evaluate(FAINT) == [], f'{name}, {scheme}: hard to read'
+        assert page.evaluate(NAMELESS) == 0, f'{name}: pictures that say nothing to those who cannot see them'
+        assert 'Call self as a function' not in page.content(), f'{name}: a function without a docstring'
+    page.close()
+
+@needs_chromium
+def test_what_is_faint_or_nameless_is_noticed(browser):
+    page = browser.new_page()
+    page.set_content('<main><p style="color: #999">too faint</p><div style="background: #222"><p style="color: #fff; opacity: .4">too faint</p></div><img src="data:,"><svg aria-label="a"></svg></main>')
+    assert page.evaluate(FAINT) == ['main p: 2.85', 'main p: 3.73'] and page.evaluate(NAMELESS) == 1
+    page.set_content('<main><h2 style="background: #222; color: #444">too faint</h2><iframe></iframe><img alt="a" src="data:,"></main>')
+    assert page.evaluate(FAINT) == ['main h2: 1.63'] and page.evaluate(NAMELESS) == 1
     page.close()
 
 @needs_chromium
@@ -133,6 +162,14 @@ def test_a_widget_is_shown_as_it_was_saved():
                   picture=dict(model_name='ImageModel', state=dict(format='jpeg'), buffers=[dict(data='AA==')]))
     shown = docs.still(models, 'box')
     assert 'noise <b>b&lt;</b>' in shown and 'src="data:image/jpeg;base64,AA=="' in shown
+
+def test_printed_lines_are_one_piece_and_plots_say_what_they_show():
+    printed = [dict(output_type='stream', name=name, text=[text]) for name, text in (('stdout', 'a\n'), ('stdout', 'b\n'), ('stderr', 'c\n'))]
+    assert [(output['name'], ''.join(output['text'])) for output in docs.streams(printed)] == [('stdout', 'a\nb\n'), ('stderr', 'c\n')]
+    assert docs.words('Offsets', "ax.set(xlabel='error, px', title='who pulls'); ax.plot(x, label=f'{name}')") == 'Offsets, error, px, who pulls'
+    data = {'image/png': ['AA', '=='], 'text/plain': '<Figure>'}
+    docs.drawn(data, 'a "b"')
+    assert data['text/html'] == '<img class="img-fluid" alt="a &quot;b&quot;" src="data:image/png;base64,AA==">' and 'image/png' not in data
 
 def test_a_bar_in_a_type_or_a_comment_ends_no_cell():
     def function(first: int | None = None,  # one | two

@@ -146,6 +146,35 @@ def test_a_run_that_fails_says_why(tmp_path, monkeypatch):
     assert 'failed' in view.status.value and 'nowhere' in view.status.value and view.end.disabled
 
 
+def test_the_second_model_stands_in_the_tables_too(models):
+    a, b = models
+    browser = Browser(a, b)
+    browser.view.value = 'table'
+    rows = re.findall(r'<tr.*?</tr>', browser.list.value)
+    words = [re.findall(r'<td( class=chv-text)?>', row) for row in rows[1:]]
+    assert all(row == words[0] for row in words) and [bool(word) for word in words[0]][:4] == [False, True, True, False]   # #, file, model, error
+    browser.view.value = 'grid'
+    assert browser.opens[0].description.startswith(f'{a.errors["error"][browser.rows[0]]:.1f} / {b.errors["error"][browser.rows[0]]:.1f} px')
+
+
+def test_the_files_of_a_run_are_removed_while_it_is_watched(tmp_path, monkeypatch, capfd):
+    from torch.utils.tensorboard import SummaryWriter
+    monkeypatch.chdir(tmp_path)
+    Path('run.yaml').write_text('version: watched\nhardware: {device: cpu}\n')
+    view = TrainingView('run.yaml', every=.02)
+    with SummaryWriter(str(view.manager.tensorboard_dir)) as writer: writer.add_scalar('step/loss', 2., 3)
+    def wait_for(what):
+        end = time.time() + 20
+        while not what(): assert time.time() < end; time.sleep(.02)
+    wait_for(lambda: view.files.steps)
+    shutil.rmtree(view.manager.tensorboard_dir)
+    wait_for(lambda: 'the files of this run were removed' in view.status.value)
+    assert view.thread.is_alive() and view.files.steps[3]['loss'] == 2 and capfd.readouterr() == ('', '')
+    with SummaryWriter(str(view.manager.tensorboard_dir)) as writer: writer.add_scalar('step/loss', 1., 1)
+    wait_for(lambda: 1 in view.files.steps)
+    assert list(view.files.steps) == [1] and 'removed' not in view.status.value   # another run in its place
+
+
 def test_what_an_earlier_run_left_is_not_shown(tmp_path):
     class Manager: log_dir = tensorboard_dir = tmp_path
     (tmp_path / 'metrics.jsonl').write_text('{"epoch": 0}\n')
