@@ -18,7 +18,7 @@ from .config import UserError
 from .data import CaptchaDataset, check_record, read_image
 from .engine import write_file
 from .predict import SUFFIXES
-from .widget import CSS, _flow, _look, data_uri, lens, mark, numbered_slider, svg
+from .widget import CSS, control_look, data_uri, lens, mark, numbered_slider, svg, wrapping_row
 
 # %% ../nbs/16_annotate.ipynb #743facf4
 def picture_sizes(
@@ -225,21 +225,21 @@ def _controls(self: Annotator):
     self.head = W.HTML(f'<style>{CSS}{STYLE}</style>{start}<div class="chv cha-keys">Click the centre, or drag a box around the outline: gap first, then slider. {keys}</div>')
     self.number, _, place = numbered_slider('Picture', names.index(self.store.here) + 1, 1, len(names), 1, 'of the folder, in the order of their names')
     self.status, self.bar = W.HTML(), W.IntProgress(0, 0, len(names), layout=W.Layout(width='160px'))
-    self.place = _flow(place, self.bar, self.status)
+    self.place = wrapping_row(place, self.bar, self.status)
     self.picture, self.marks, self.bridge, self.confirmed = W.HTML(), W.HTML(), W.Text(), W.HTML('<i data-seen="0"></i>')
     for widget, kind in ((self.picture, 'cha-picture'), (self.marks, 'cha-marks'), (self.bridge, 'cha-bridge'), (self.confirmed, 'cha-bridge')): widget.add_class(kind)
     self.stage = W.Box([self.picture, self.marks, self.bridge, self.confirmed])
     self.stage.add_class('cha-stage')
     self.glass, self.near = W.HTML('<div class="chv chv-lenses"><figure><svg class="chv-svg" viewBox="0 0 24 24" aria-hidden="true"><path/></svg><figcaption>pointer</figcaption></figure></div>'), W.HTML()
     self.glass.add_class('cha-glass')
-    self.lenses = _flow(self.glass, self.near, align='flex-start')
+    self.lenses = wrapping_row(self.glass, self.near, align='flex-start')
     self.point = W.ToggleButtons(options=NAMES, style=dict(button_width='72px'), tooltips=['the next click sets the gap', 'the next click sets the slider'])
-    self.choice = _flow(W.Label('The next click sets'), self.point, *(self._button(*button) for button in (('◀ back', 110, 'step', -1), ('next ▶', 110, 'step', 1), ('First unlabelled', 140, 'first'), ('Undo', 80, 'undo'), ('Clear', 80, 'clear'))))
+    self.choice = wrapping_row(W.Label('The next click sets'), self.point, *(self._button(*button) for button in (('◀ back', 110, 'step', -1), ('next ▶', 110, 'step', 1), ('First unlabelled', 140, 'first'), ('Undo', 80, 'undo'), ('Clear', 80, 'clear'))))
     self.said, self.problems = W.HTML(), W.HTML()
     self.number.observe(self._moved, 'value'); self.bridge.observe(self._take, 'value')
 
 def _button(self: Annotator, text, width, method, *arguments):
-    button = W.Button(description=text, **_look(width, style={}))
+    button = W.Button(description=text, **control_look(width, style={}))
     button.on_click(lambda _: self._try(method, *arguments))
     return button
 

@@ -548,9 +548,10 @@ def main(
     if samples < 2 or pairs < 0 or batch_size < 1 or workers < 0 or seed < 0: raise UserError(f'--samples {samples} --pairs {pairs} --batch_size {batch_size} --workers {workers} --seed {seed}: at least 2, 0, 1, 0 and 0')
     chosen, levels = find_factors(factors), _strengths(strengths)
     if not (chosen or data): raise UserError('--factors none: then --data is needed')
+    if images and not data: raise UserError('--images: goes with a COCO file as --data')
+    model = load_model(weights, at := pick_device(device, 'command line'))
     make_folder(Path(out), 'out', 'command line')
     logging.basicConfig(format='%(message)s')
-    model = load_model(weights, at := pick_device(device, 'command line'))
     size = checkpoint_config(model, weights).data
     with ExitStack() as stack:
         own = stack.enter_context(open_data(data, split, images, size.input_width, size.input_height, on_bad_sample)) if data else None

@@ -601,6 +601,7 @@ def _parse_coco(path) -> _Coco:
     except (ValueError, RecursionError) as error: raise UserError(f'{path}: not JSON ({error})') from None
     try: return _Coco.model_validate(tree)
     except ValidationError as error: problems = error.errors()
+    if not isinstance(tree, dict): raise UserError(f'{path}: no COCO file, which is an object with images, annotations and categories')
     def where(kind='', number='', *rest):
         entry = tree[kind][number] if number != '' else None
         name = f'id {_short.repr(entry["id"])}' if isinstance(entry, dict) and 'id' in entry else number
@@ -726,6 +727,7 @@ def main(
 ):
     "Between COCO keypoints files and data folders."
     if (read is None) == (write is None): raise UserError('--read FILE or --write FILE: one of them is needed')
+    if write and Path(write).suffix.lower() != '.json': raise UserError(f'--write {write}: the name must end in .json')
     folder, how = Path(data)/split, dict(gap=gap, slider=slider, origin=origin)
     count = _import(read, Path(images or Path(read).parent), folder, **how) if read else _export(write, folder, **how)
     print(f'{folder if read else write}: {count} samples')

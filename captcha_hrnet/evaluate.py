@@ -43,7 +43,9 @@ def open_data(
 ):                                 # gives a `CaptchaDataset`
     "Labelled pictures, for as long as the `with` lasts."
     how = dict(input_width=input_width, input_height=input_height, on_bad_sample=on_bad_sample)
-    if not Path(data).is_file(): yield CaptchaDataset(data, split, **how)
+    if not Path(data).is_file():
+        if images: raise UserError(f'--images {images}: goes with a COCO file, and {data} is none')
+        yield CaptchaDataset(data, split, **how)
     else:
         with tempfile.TemporaryDirectory() as root:
             images, folder = Path(images or Path(data).parent), Path(root)/split
@@ -419,9 +421,8 @@ def short_names(paths: list) -> list[str]:
     names = [Path(path).name for path in paths]
     return names if len({*names}) == len(names) else [str(path) for path in paths]
 
-def _measure(stack, weights, name, device, where: dict, how: dict) -> Evaluation:
-    "Load a checkpoint, open the data at its input size, measure."
-    model = load_model(weights, device)
+def _measure(stack, model, weights, name, device, where: dict, how: dict) -> Evaluation:
+    "Open the data at a network's input size, and measure it."
     size = checkpoint_config(model, weights).data
     dataset = stack.enter_context(open_data(**where, input_width=size.input_width, input_height=size.input_height))
     return evaluate(model, dataset, name, device, **how)
@@ -443,12 +444,13 @@ def main(
     "Measure a checkpoint on labelled captchas; the last line is one JSON object with every metric."
     if batch_size < 1 or workers < 0 or resamples < 0: raise UserError(f'--batch_size {batch_size} --workers {workers} --resamples {resamples}: at least 1, 0 and 0')
     if compare and not resamples: raise UserError('--resamples 0: a comparison needs at least 1')
+    paths, at = [path for path in (weights, compare) if path], pick_device(device, 'command line')
+    models = [load_model(path, at) for path in paths]
     if out: make_folder(Path(out), 'out', 'command line')
     logging.basicConfig(format='%(message)s')
     where, how = dict(data=data, split=split, images=images, on_bad_sample=on_bad_sample), dict(batch_size=batch_size, workers=workers, resamples=resamples)
     with ExitStack() as stack:
-        paths = [path for path in (weights, compare) if path]
-        a, b = [*(_measure(stack, path, name, pick_device(device, 'command line'), where, how) for path, name in zip(paths, short_names(paths))), None][:2]
+        a, b = [*(_measure(stack, model, path, name, at, where, how) for model, path, name in zip(models, paths, short_names(paths))), None][:2]
         test = b and paired_test(a.predictions.errors, b.predictions.errors, resamples)
         values = dict(data=str(data), split=split, **a.to_dict() | dict(weights=weights), **(dict(compare=b.to_dict() | dict(weights=compare), difference=plain(test)) if b else {}))
         title = ' and '.join(e.name for e in (a, b) if e) + f' on {data}' + f'/{split}'*Path(data).is_dir()

@@ -502,6 +502,7 @@ def main(
     for name in ('onnx', *RUNTIMES): needed(name)
     if time: return _time(Path(time))
     if opset not in OPSETS: raise UserError(f'--opset {opset}: must be {OPSETS[0]} to {OPSETS[-1]}')
+    if Path(out).suffix.lower() != '.onnx': raise UserError(f'--out {out}: the name must end in .onnx')   # the checkpoint, by a slip, is not overwritten
     if Path(out).is_dir(): raise UserError(f'--out {out}: is a folder; the name of a file is needed')
     if data and not int8: raise UserError('--data: only with --int8, which it calibrates')
     model = load_model(weights)

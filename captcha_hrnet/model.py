@@ -12,7 +12,7 @@ __all__ = ['BACKBONES', 'HEATMAP_BIAS', 'ROW_SIGMA_PX', 'ConvUnit', 'channel_shu
            'model_parts', 'model_table']
 
 # %% ../nbs/04_model.ipynb #51d63b25
-import re
+import re, warnings
 from collections import Counter
 from contextlib import nullcontext
 from functools import partial
@@ -270,14 +270,16 @@ def read_state_dict(
 ) -> dict:
     "The tensors of a weights file by name; nothing in the file is ever executed."
     path = Path(path)
-    if not path.is_file(): raise UserError(f'{path}: no such weights file')
+    if not path.is_file(): raise UserError(f'{path}: {"a folder; name a checkpoint in it" if path.is_dir() else "no such weights file"}')
     try:
         if path.suffix == '.safetensors': return load_file(path)
-        if path.suffix != '.npz': return torch.load(path, map_location='cpu', weights_only=True)
+        if path.suffix != '.npz':
+            with warnings.catch_warnings():
+                warnings.simplefilter('ignore')   # PyTorch's thoughts on a foreign file
+                return torch.load(path, map_location='cpu', weights_only=True)
         with np.load(path, allow_pickle=False) as archive: return {key: torch.from_numpy(archive[key]) for key in archive.files}
-    except Exception as error:  # on a damaged file the readers fail in every way there is
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f'{path}: not a readable weights file ({first_line[:160]})') from None
+    except Exception:  # on a damaged file the readers fail in every way there is, and say nothing that helps
+        raise UserError(f'{path}: not a readable weights file: cut off, damaged, or something else') from None
 
 # %% ../nbs/04_model.ipynb #69c188b2
 def bare_name(
@@ -606,10 +608,11 @@ def load_model(
     config, saved = checkpoint.get('config'), checkpoint.get('ema_state_dict', checkpoint.get('model_state_dict'))
     if not (isinstance(saved, dict) and isinstance(config, dict) and isinstance(config.get('model'), dict)):
         raise UserError(f'{path}: not a checkpoint of this library (it needs model_state_dict and config)')
-    model = create_lite_hrnet_18_fpn(check_tree({'model': config['model'] | {'weights': None}}, f'{path}: config').model)
+    model = create_lite_hrnet_18_fpn(check_tree({'model': config['model'] | {'weights': None}}, f'{path}: config (of another version of this library?)').model)
     saved = {re.sub(r'^(module\.|_orig_mod\.)+', '', str(key)): value for key, value in saved.items()}
     try: model.load_state_dict(saved)
-    except RuntimeError as error: raise UserError(f"{path}: {' '.join(str(error).split())[:200]}") from None
+    except RuntimeError as error: raise UserError(f"{path}: weights and config do not fit (of another version of this library?): {' '.join(str(error).split(':', 1)[1].split())[:160]}") from None
+    if wrong := [name for name, value in saved.items() if not value.isfinite().all()]: raise UserError(f'{path}: damaged: {len(wrong)} of {len(saved)} weights hold numbers that are not finite, {wrong[0]} first')
     model.config = config
     return model.to(device).eval()
 

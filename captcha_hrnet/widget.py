@@ -6,9 +6,9 @@
 __all__ = ['SORTS', 'SORTS_OF_TWO', 'ANSWERS', 'COLOURS', 'CSS', 'POINTS', 'METRICS', 'ANSWER_NAMES', 'SCRIPT_NUMBERS',
            'SCRIPT_DRAWING', 'SCRIPT_PAGE', 'PAGE_CSS', 'PAGE', 'original_picture', 'Predictions', 'heats_of', 'select',
            'answered_metrics', 'mark', 'legend', 'data_uri', 'heat_uri', 'svg', 'table', 'marks_of', 'lens',
-           'sample_table', 'metrics_line', 'metrics_html', 'export_rows', 'numbered_slider', 'Browser', 'step',
-           'enlarge', 'pictured', 'page_data', 'html_page', 'write_html', 'RunFiles', 'steps_of', 'time_left',
-           'duration', 'curves', 'TrainingView', 'update']
+           'sample_table', 'metrics_line', 'metrics_html', 'export_rows', 'wrapping_row', 'control_look',
+           'numbered_slider', 'Browser', 'step', 'enlarge', 'pictured', 'page_data', 'html_page', 'write_html',
+           'RunFiles', 'steps_of', 'time_left', 'duration', 'curves', 'TrainingView', 'update']
 
 # %% ../nbs/11_widget.ipynb #cad2dc62
 import atexit, base64, json, math, signal, subprocess, sys, tempfile, threading, time
@@ -310,11 +310,17 @@ def _record(p: Predictions, row: int) -> dict:
                 gap_score=float(p.scores[row, 0]), slider_score=float(p.scores[row, 1]), error_px=float(p.errors['error'][row]))
 
 # %% ../nbs/11_widget.ipynb #ea82eb06
-def _flow(*children, align='center'):
+def wrapping_row(
+    *children,         # widgets
+    align='center',    # of the cross axis: center, flex-start, …
+):                     # a box
     "Widgets in a row that wraps."
     return W.Box(children, layout=W.Layout(display='flex', flex_flow='row wrap', align_items=align, grid_gap='2px 14px'))
 
-def _look(width, **more):
+def control_look(
+    width: int,   # px
+    **more,       # traits, which win
+) -> dict:        # traits of a widget
     "Of a control: its width in px, and a label as long as it needs."
     return dict(layout=W.Layout(width=f'{width}px'), style=dict(description_width='initial')) | more
 
@@ -326,7 +332,7 @@ def numbered_slider(
     "A slider for the mouse and the arrow keys, with a labelled field that says and takes the same number."
     whole = isinstance(step, int)
     field, bar, limits = W.BoundedIntText if whole else W.BoundedFloatText, W.IntSlider if whole else W.FloatSlider, dict(min=low, max=high, step=step)
-    number = field(value, **limits, description=label, tooltip=hint, **_look(len(label)*8 + 80))
+    number = field(value, **limits, description=label, tooltip=hint, **control_look(len(label)*8 + 80))
     slider = bar(value, **limits, readout=False, tooltip=hint or label, layout=W.Layout(width='190px'))
     traitlets.link((number, 'value'), (slider, 'value'))
     return number, slider, W.HBox([number, slider])
@@ -356,34 +362,34 @@ def _controls(self: Browser):
     kinds = [('truth', 'truth'), *((kind, f'prediction of {p.name}') for kind, p in zip(('found', 'other'), self.models))]
     self.head = W.HTML(f'<style>{CSS}</style><div class="chv">{legend(kinds)}</div>')
     self.view = W.ToggleButtons(options=['picture', 'grid', 'table'], style=dict(button_width='72px'))
-    self.search = W.Text(description='File', placeholder='part of its name', **_look(220))
-    self.sort = W.Dropdown(options=[*SORTS, *(SORTS_OF_TWO if two else ())], description='Sort', **_look(210))
-    self.answer = W.Dropdown(options=[*ANSWER_NAMES.items()], description='Answers', **_look(250))
+    self.search = W.Text(description='File', placeholder='part of its name', **control_look(220))
+    self.sort = W.Dropdown(options=[*SORTS, *(SORTS_OF_TWO if two else ())], description='Sort', **control_look(210))
+    self.answer = W.Dropdown(options=[*ANSWER_NAMES.items()], description='Answers', **control_look(250))
     self.largest = math.ceil(a.errors['error'][np.isfinite(a.errors['error'])].max(initial=1))
-    self.low, self.high = (W.BoundedFloatText(value, min=0, max=1e6, step=.5, description=text, **_look(width))
+    self.low, self.high = (W.BoundedFloatText(value, min=0, max=1e6, step=.5, description=text, **control_look(width))
                            for value, text, width in ((0, 'Error from, px', 160), (self.largest, 'to, px', 120)))
     self.threshold, self.threshold_slider, threshold = numbered_slider('Confidence threshold', 0., 0., 1., .01, 'answers below it count as none')
-    self.top = _flow(self.view, self.sort, self.search, self.answer, W.HBox([self.low, self.high]), threshold)
+    self.top = wrapping_row(self.view, self.sort, self.search, self.answer, W.HBox([self.low, self.high]), threshold)
     self.ticks = {name: W.Checkbox(description=f'{name} ({int(value.sum())})', indent=False, layout=W.Layout(width='auto'))
                   for name, value in a.flags.items()}
-    self.flags, self.metrics = _flow(W.Label('Has all of:'), *self.ticks.values()), W.HTML()
+    self.flags, self.metrics = wrapping_row(W.Label('Has all of:'), *self.ticks.values()), W.HTML()
     for widget in (self.search, self.sort, self.answer, self.low, self.high, self.threshold, *self.ticks.values()):
         widget.observe(self._filter, 'value')
 
 def _lower_controls(self: Browser):
     "Where one stands, how it is drawn, and the way out."
     self.number, self.slider, place = numbered_slider('Picture', 1, 1, 1, 1, 'arrow keys step through the selection')
-    self.back = W.Button(description='◀ previous', tooltip='the picture, or the page, before', **_look(110, style={}))
-    self.forth = W.Button(description='next ▶', tooltip='the picture, or the page, after', **_look(110, style={}))
+    self.back = W.Button(description='◀ previous', tooltip='the picture, or the page, before', **control_look(110, style={}))
+    self.forth = W.Button(description='next ▶', tooltip='the picture, or the page, after', **control_look(110, style={}))
     self.of, self.said = W.HTML(), W.HTML()
-    self.place = _flow(place, self.back, self.forth, self.of)
+    self.place = wrapping_row(place, self.back, self.forth, self.of)
     maps = [('none', ''), ('gap', 'gap'), ('slider', 'slider')][:1 if self.models[0].model is None else 3]
-    self.heat = W.Dropdown(options=maps, description='Heat map', **_look(160))
+    self.heat = W.Dropdown(options=maps, description='Heat map', **control_look(160))
     self.opacity, self.opacity_slider, opacity = numbered_slider('Opacity', .8, 0., 1., .05)
     self.across, _, across = numbered_slider('Magnifier, px across', 32, 8, 96, 2)
-    self.folder = W.Text('selection/train', description='Export to', **_look(260))
-    self.export = W.Button(description='Export what is selected', tooltip='labels.jsonl and pictures of the whole selection', **_look(190, style={}))
-    self.bottom = _flow(self.heat, opacity, across, self.folder, self.export, self.said)
+    self.folder = W.Text('selection/train', description='Export to', **control_look(260))
+    self.export = W.Button(description='Export what is selected', tooltip='labels.jsonl and pictures of the whole selection', **control_look(190, style={}))
+    self.bottom = wrapping_row(self.heat, opacity, across, self.folder, self.export, self.said)
     for widget in (self.number, self.view, self.heat, self.opacity, self.across): widget.observe(self._show, 'value')
     for button, call in ((self.back, lambda _: self.step(-1)), (self.forth, lambda _: self.step(1)), (self.export, self._export)): button.on_click(call)
 
@@ -393,13 +399,13 @@ Browser._controls, Browser._lower_controls = _controls, _lower_controls
 def _cells(self: Browser):
     "Panels for one picture, and the empty grid."
     panel = W.Layout(flex='1 1 0', min_width='300px', max_width='680px')
-    self.panels = _flow(*(W.HTML(layout=panel) for _ in self.models), align='flex-start')
+    self.panels = wrapping_row(*(W.HTML(layout=panel) for _ in self.models), align='flex-start')
     self.thumbs = [W.HTML() for _ in range(self.per_page)]
     self.opens = [W.Button(layout=W.Layout(width='100%', height='auto')) for _ in range(self.per_page)]
     for place, button in enumerate(self.opens): button.on_click(lambda _, place=place: self.enlarge(place))
     self.cells = [W.VBox([thumb, button], layout=W.Layout(width='212px')) for thumb, button in zip(self.thumbs, self.opens)]
     self.list = W.HTML()
-    self.grid = W.VBox([_flow(*self.cells, align='flex-start'), self.list])
+    self.grid = W.VBox([wrapping_row(*self.cells, align='flex-start'), self.list])
 
 def _filter(self: Browser, change=None):
     "Select anew, and start at the first."
@@ -866,7 +872,7 @@ class TrainingView(W.VBox):
         self.bar = W.IntProgress(0, 0, steps_of(self.manager.config), description='Steps', layout=W.Layout(width='260px'))
         self.status, self.plots, self.pictures, self.tail = W.HTML(), W.HTML(), W.HTML(), W.HTML()
         self.go.on_click(lambda _: self.start('auto' if self.files.steps or self.files.records else None)); self.end.on_click(lambda _: self.stop())
-        super().__init__([_flow(self.go, self.end, self.bar, self.status), self.plots, self.pictures, self.tail])
+        super().__init__([wrapping_row(self.go, self.end, self.bar, self.status), self.plots, self.pictures, self.tail])
         self.thread, self.seen = threading.Thread(target=self._watch, daemon=True), None
         self.update()
         self.thread.start()
