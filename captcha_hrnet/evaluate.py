@@ -266,10 +266,11 @@ figure { margin: 8px 0; } figcaption { font-size: .85rem; color: var(--soft); ov
 .pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(210px, 1fr)); gap: 14px; }
 .chv table { font-size: .9rem; } .chv td small { display: block; } .chv th { font-weight: 600; } .chv thead th { vertical-align: bottom; } .chv td, .chv th[scope=row] { vertical-align: top; }
 .chv th[scope=row] { position: sticky; left: 0; background: var(--ground); padding-left: 0; }
-.factor { display: grid; grid-template-columns: minmax(0, 300px) minmax(0, 1fr); gap: 8px 20px; align-items: start; } .pictures.small { grid-template-columns: repeat(auto-fill, minmax(170px, 1fr)); gap: 8px; margin-top: 8px; }
+.factor { display: grid; grid-template-columns: minmax(0, 300px) minmax(0, 1fr); gap: 8px 20px; align-items: start; } .pictures.small { grid-template-columns: repeat(auto-fill, minmax(130px, 1fr)); gap: 8px; margin-top: 8px; }
+.findings p { font-size: 1rem; } .findings h2 { font-size: 1.02rem; margin: 12px 0 2px; }
 iframe { width: 100%; height: 85vh; border: 1px solid var(--line); border-radius: 6px; } summary { cursor: pointer; padding: 6px 0; font-weight: 600; }
 :focus-visible { outline: 3px solid var(--accent); outline-offset: 1px; }
-@media (max-width: 600px) { .factor { grid-template-columns: minmax(0, 1fr); } .pictures.small { grid-template-columns: repeat(auto-fill, minmax(140px, 1fr)); } body { padding: 10px 12px 40px; } .pictures { grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 8px; } .chv th, .chv td { padding: 2px 7px; } }
+@media (max-width: 600px) { .factor { grid-template-columns: minmax(0, 1fr); } .pictures.small { grid-template-columns: repeat(auto-fill, minmax(140px, 1fr)); } .wide > figure { overflow-x: auto; } .wide .chart { min-width: 560px; } body { padding: 10px 12px 40px; } .pictures { grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 8px; } .chv th, .chv td { padding: 2px 7px; } }
 """
 
 PAGES = {'page': """<!doctype html>
@@ -290,7 +291,8 @@ def render(
 # %% ../nbs/13_evaluate.ipynb #d4e2f357
 def span(interval, digits: int = 1) -> str:   # [low, high], or nothing
     "An interval as text."
-    return f'[{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]' if interval else ''
+    low, high = ((f'{round(value, digits) + 0.:.{digits}f}') for value in interval or (0, 0))   # + 0: no minus before a zero
+    return f'[{low}, {high}]' if interval else ''
 
 def cell(metrics: dict, key: str) -> Markup:
     "A metric over its interval."
@@ -412,7 +414,8 @@ def comparison_table(a: Evaluation, b: Evaluation, test: dict) -> Markup:
 
 # %% ../nbs/13_evaluate.ipynb #dce57f3d
 def write_report(folder, page: str, values: dict, name: str):
-    "`report.html` and the JSON file beside it."
+    "`report.html` and the JSON file beside it; the folder is made."
+    make_folder(Path(folder), 'out', 'report')
     write_file(Path(folder)/'report.html', page.encode())
     write_file(Path(folder)/name, (json.dumps(values, indent=1, allow_nan=False) + '\n').encode())
 

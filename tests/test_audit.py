@@ -7,9 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from captcha_hrnet.audit import EFFECTS, HITS, STRENGTHS, Audit, audit_page, hits, level_row, main, pair_row, paired_points, rate_interval, similarity, summary, unpaired_points, verdict, visible_indices, with_factors
+from captcha_hrnet.audit import EFFECTS, HITS, STRENGTHS, Audit, audit_page, between, findings, hits, level_row, main, pair_row, paired_points, rate_interval, sentence, similarity, unpaired_points, verdict, visible_indices, with_factors
 from captcha_hrnet.config import UserError, run_command
 from captcha_hrnet.synth import FACTORS, CaptchaSynth, write_dataset
+from captcha_hrnet.evaluate import span
 from test_evaluate import SMALL, checkpoint
 
 
@@ -126,7 +127,7 @@ def test_command_line(home, tmp_path):
     assert done.returncode == 0, done.stderr
     saved, page = json.loads((tmp_path / 'new/audit.json').read_text()), (tmp_path / 'new/report.html').read_text()
     assert [(level['factor'], level['strength']) for level in saved['levels']] == [('noise', .5), ('noise', 1.), ('rotation', .5), ('rotation', 1.)]
-    assert done.stdout.splitlines()[:-1] == saved['summary'] and done.stdout.splitlines()[-1].endswith('report.html')
+    assert [line.strip(' :') for line in done.stdout.splitlines()[:-1]] == [text.strip(' :') for heading, texts in saved['findings'].items() for text in (heading, *texts)] and done.stdout.splitlines()[-1].endswith('report.html')
     assert [pair['factors'] for pair in saved['pairs']] == [['noise', 'rotation']] and len(saved['own']['levels']) == 2*len(EFFECTS) and saved['own']['n'] == 2
     assert page.count('<figure>') > 20 and 'strength 0.5' in page and saved['settings']['trained_with']['noise'] == .5
 
@@ -179,13 +180,18 @@ def made_up() -> Audit:
 
 
 def test_the_summary_says_what_the_numbers_say():
-    audit, text = made_up(), summary(made_up())
+    audit, told = made_up(), findings(made_up())
     said = {level['factor']: verdict(level) for level in audit.levels if level['strength'] == 1}
     assert said == dict(noise='worth trying', blur='costs people too', jpeg='buys nothing', decoy='not decided')
     noise = audit.of('noise')[1]
-    assert text[0].startswith('Without any counter-measure the model gets 100 % [98, 100]') and text[1].startswith(f'Noise at strength 1 costs the machine {noise["cost"]:.0f} points')
-    assert any('may cost people too' in line and 'blur' in line for line in text) and any('Buys nothing' in line and 'jpeg' in line for line in text)
-    assert 'never saw noise in training' in text[-1] and 'blur' not in text[-1]
+    assert '<b>a.pth gets 100 % (98 to 100) of 200' in told['The machine'][0]
+    new = next(texts for heading, texts in told.items() if 'the network never met it' in heading)      # noise was not in its training
+    assert new == [sentence(noise)] and f'the machine gets {noise["hits"]:.0f} % instead of 100 %, {noise["cost"]:.0f} points less' in new[0] and 'people lose 0 (0 to' in new[0]
+    assert told['Worth trying'][0].startswith('Nothing that was tested surely costs a machine that was trained for it')
+    assert 'blur' in told['Costs the machine, and may cost people'][0] and 'JPEG' in told['Buys nothing'][0] and 'decoy' in told['Not decided by 200 captchas (--samples asks for more)'][0]
+    audit.settings['trained_with']['noise'] = .2
+    assert findings(audit)['Worth trying'] == [sentence(noise)] and not any('never met' in heading for heading in findings(audit))
+    assert between([-.3, 4.6]) == '0 to 5' and span([-.02, 1], 1) == '[0.0, 1.0]'   # no minus before a zero
 
 
 def test_page_in_a_browser(tmp_path):
