@@ -146,7 +146,7 @@ def test_histograms_and_settings_are_in_tensorboard(board):
     assert {'backbone_stem', 'heads_gap_heatmap', 'heads_slider_heatmap', 'heads_offsets'} < parts('weight') and len(parts('weight')) > 8
     assert parts('grad') == parts('weight')
     assert {'_hparams_/experiment', '_hparams_/session_start_info', '_hparams_/session_end_info'} <= set(board.summary_metadata)
-    assert 'hparam/mae_px' in board.Tags()['scalars']
+    assert 'result/mae_px' in board.Tags()['scalars']
 
 
 # stopped and killed
