@@ -277,6 +277,7 @@ class ModelConfig(Section):
     top_k: Annotated[int, Field(ge=1, le=100)] = 5   # candidates of each point
     same_row: bool = False                        # prefer gap and slider pairs whose y agree
     weights: Text | None = None                # backbone checkpoint to start from; null: random
+    start_from: Text | None = None             # checkpoint of this library that all of the network starts from; null: none
 
 class LossConfig(Section):
     "Weights and shapes of the loss's parts; a weight of 0 switches its part off"

@@ -590,11 +590,20 @@ def decode_predictions(self: CaptchaKeypointNet,
 def create_lite_hrnet_18_fpn(
     model_config,           # the config's `model` section or a plain dict with its keys
 ) -> CaptchaKeypointNet:
-    "The network that a configuration describes; `name` picks the backbone, `weights` fills it."
+    "The network that a configuration describes; `name` picks the backbone, `weights` fills it, `start_from` fills all."
     if not isinstance(model_config, Section): model_config = check_tree({'model': dict(model_config)}, 'model config').model
     settings = dict(model_config)
+    start = settings.pop('start_from')
     backbone = create_backbone(*[settings.pop(key) for key in ('name', 'in_channels', 'weights')])
-    return CaptchaKeypointNet(backbone, **settings)
+    model = CaptchaKeypointNet(backbone, **settings)
+    if start is None: return model
+    other = load_model(start)
+    try: model.load_state_dict(other.state_dict())
+    except RuntimeError:
+        theirs = other.config['model']
+        different = [f'{key}: {theirs[key]} there, {ours} here' for key, ours in model_config if key in theirs and theirs[key] != ours and key not in ('weights', 'start_from')]
+        raise UserError(f"model.start_from: {start} is another network ({'; '.join(different)})") from None
+    return model
 
 # %% ../nbs/04_model.ipynb #eed56fe0
 def load_model(
@@ -608,7 +617,7 @@ def load_model(
     config, saved = checkpoint.get('config'), checkpoint.get('ema_state_dict', checkpoint.get('model_state_dict'))
     if not (isinstance(saved, dict) and isinstance(config, dict) and isinstance(config.get('model'), dict)):
         raise UserError(f'{path}: not a checkpoint of this library (it needs model_state_dict and config)')
-    model = create_lite_hrnet_18_fpn(check_tree({'model': config['model'] | {'weights': None}}, f'{path}: config (of another version of this library?)').model)
+    model = create_lite_hrnet_18_fpn(check_tree({'model': config['model'] | {'weights': None, 'start_from': None}}, f'{path}: config (of another version of this library?)').model)
     saved = {re.sub(r'^(module\.|_orig_mod\.)+', '', str(key)): value for key, value in saved.items()}
     try: model.load_state_dict(saved)
     except RuntimeError as error: raise UserError(f"{path}: weights and config do not fit (of another version of this library?): {' '.join(str(error).split(':', 1)[1].split())[:160]}") from None
