@@ -10,7 +10,7 @@ __all__ = ['STRENGTHS', 'SEEN', 'HITS', 'EFFECTS', 'LITTLE', 'WORDS', 'MACHINE',
            'summary', 'cost_chart', 'scatter_chart', 'curve_chart', 'level_table', 'pair_tables', 'audit_page', 'main']
 
 # %% ../nbs/15_audit.ipynb #38398435
-import difflib, itertools, logging
+import copy, difflib, itertools, logging
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +42,7 @@ def with_factors(
 ) -> SynthConfig:
     "The generator with exactly these factors, in every captcha."
     off = dict.fromkeys(FACTORS, Factor(p=0., strength=(0., 1.)))
-    return synth.model_copy(update=off | {name: Factor(p=1., strength=(s, s)) for name, s in strengths.items()} | dict(min_visibility=0.))
+    return synth.model_copy(update=off | {name: Factor(p=1., strength=(s, s)) for name, s in strengths.items()} | dict(min_visibility=0., no_gap=0., no_slider=0.))
 
 def find_factors(
     names: str,        # 'rotation,noise', or all, or none
@@ -289,10 +289,14 @@ def _measure_factors(audit: Audit, config, factors, strengths, pairs, measure):
 
 def _measure_own(audit: Audit, source, strengths, measure):
     "Fill in the own pictures."
-    metric = audit.settings['metric']
+    metric, source = audit.settings['metric'], copy.copy(source)
+    points = [np.array([*label['gap'], *label['slider']]) for label in map(source.labels.__getitem__, source.rows)]
+    lacking = np.isnan(points).any(1)
+    rejected = source.labels.rejected + [(source.labels.lines[row], 'no gap or no slider piece: nothing that a counter-measure could hide') for row in source.rows[lacking]]
+    source.rows = source.rows[~lacking]
     before = measure(OwnLevel(source))
     hit = hits(before, metric)
-    audit.own.update(n=len(hit), hits=100*float(hit.mean()), interval=rate_interval(hit), metrics=group_metrics(before, 1000), flags=flag_rows(source, hit), levels=[], rejected=sorted(source.labels.rejected))
+    audit.own.update(n=len(hit), hits=100*float(hit.mean()), interval=rate_interval(hit), metrics=group_metrics(before, 1000), flags=flag_rows(source, hit), levels=[], rejected=sorted(rejected))
     shown = int(np.argmax(hit))
     for name, effect in EFFECTS.items():
         audit.examples[f'own {name}'] = [(0., *example(OwnLevel(source), before, shown))]

@@ -103,12 +103,13 @@ def width_groups(
 # %% ../nbs/13_evaluate.ipynb #ef678469
 def groups_of(
     dataset: CaptchaDataset,
-    flags: dict,   # name -> bool [N], as `Predictions.flags`
-) -> dict:         # 'flag', 'width', 'shape' -> name -> bool [N]
+    index: np.ndarray,   # int [N], of the samples
+    flags: dict,         # name -> bool [N], as `Predictions.flags`
+) -> dict:               # 'flag', 'width', 'shape' -> name -> bool [N]
     "The samples by what they have in common."
-    plain_ones = ~np.any([*flags.values()], 0) if flags else np.zeros(len(dataset), bool)
-    widths = np.array([dataset.labels.size(row)[0] for row in dataset.rows])
-    shapes = label_values(dataset, 'shape')
+    plain_ones = ~np.any([*flags.values()], 0) if flags else np.zeros(len(index), bool)
+    widths = np.array([dataset.labels.size(row)[0] for row in dataset.rows[index]])
+    shapes = np.array(label_values(dataset, 'shape'), object)[index]
     by_shape = {name: np.array([shape == name for shape in shapes]) for name in sorted({shape for shape in shapes if isinstance(shape, str)})}
     return dict(flag=({'no flag': plain_ones} if plain_ones.any() else {}) | flags, width=width_groups(widths), shape=by_shape)
 
@@ -149,7 +150,7 @@ def evaluate(
     predictions = Predictions(validator.rows, dataset, model, device, name)
     points = dict(found=predictions.found, true=predictions.true)
     groups = {kind: {group: group_metrics({key: value[members] for key, value in points.items()}, resamples) for group, members in masks.items()}
-              for kind, masks in groups_of(dataset, predictions.flags).items()}
+              for kind, masks in groups_of(dataset, predictions.index, predictions.flags).items()}
     return Evaluation(name, predictions, metrics, groups, sorted(dataset.labels.rejected))
 
 # %% ../nbs/13_evaluate.ipynb #95bc9ee8
@@ -354,8 +355,10 @@ def lead_sentences(e: Evaluation) -> list[str]:
     "The answer, in words."
     m = e.metrics
     hit = lambda key: f'{m[key]:.1f} % {span(m["interval"].get(key))}'.strip()
+    made_up = [f'Of the {m[f"without_{name}s"]} captchas without a {what}, {m[f"false_{name}s"]:.1f} % are said to have one.'
+               for name, what in (('gap', 'gap'), ('slider', 'slider piece')) if f'false_{name}s' in m]
     return [f'{e.name}: {hit("slide_hit_le_5px")} of the {m["n"]} captchas get a slide distance that is right within 5 px, {hit("slide_hit_le_2px")} within 2 px.',
-            f'Half of all answers are off by less than {m["median_px"]:.2f} px, one in twenty by more than {m["p95_px"]:.1f} px; the mean is {m["mae_px"]:.2f} px.']
+            f'Half of all answers are off by less than {m["median_px"]:.2f} px, one in twenty by more than {m["p95_px"]:.1f} px; the mean is {m["mae_px"]:.2f} px.', *made_up]
 
 def p_text(p: float) -> str:
     "A probability, to a thousandth."

@@ -90,12 +90,12 @@ NONE_BELOW = .1  # a point with a lower score is none
 
 def false_points(
     lacking: dict,  # true [N, 4], NaN where there is none; scores [N, 2]
-) -> dict:          # false_gaps, false_sliders: percent of the pictures without one where one is claimed; without such pictures, nothing
+) -> dict:          # false_gaps, false_sliders: percent of the without_gaps, without_sliders pictures where one is claimed; nothing if there are no such pictures
     "How often something is found that is not there."
     rates = {}
     for column, name in enumerate(('gap', 'slider')):
         scores = lacking['scores'][np.isnan(lacking['true'][:, 2*column]), column]
-        if len(scores): rates[f'false_{name}s'] = 100*float((scores >= NONE_BELOW).mean())
+        if len(scores): rates |= {f'false_{name}s': 100*float((scores >= NONE_BELOW).mean()), f'without_{name}s': len(scores)}
     return rates
 
 # %% ../nbs/07_validator.ipynb #15650063

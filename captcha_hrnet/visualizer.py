@@ -37,7 +37,7 @@ def draw_point(
 
 def draw_points(
     picture: np.ndarray,  # uint8 [H, W, 3], RGB
-    true=None,            # [4] gap x, y, slider x, y in px of the picture
+    true=None,            # [4] gap x, y, slider x, y in px of the picture; NaN: there is none
     found=None,           # [4] likewise
 ) -> np.ndarray:          # a copy with the marks
     "Truth (green circles) and prediction (red crosses) of gap and slider."
@@ -45,10 +45,11 @@ def draw_points(
     radius = max(4, picture.shape[0] / 18)   # small pictures in TensorBoard, or on a phone, still show it
     if true is not None and found is not None:
         for ends in zip(np.reshape(true, (2, 2)), np.reshape(found, (2, 2))):
-            cv2.line(picture, *[np.rint(16*(xy - .5)).astype(int).tolist() for xy in ends], (255, 255, 255), 1, cv2.LINE_AA, shift=4)
+            if np.isfinite(ends).all(): cv2.line(picture, *[np.rint(16*(xy - .5)).astype(int).tolist() for xy in ends], (255, 255, 255), 1, cv2.LINE_AA, shift=4)
     for points, colour, cross in ((true, GREEN, False), (found, RED, True)):
         if points is not None:
-            for xy in np.asarray(points, float).reshape(2, 2): draw_point(picture, xy, colour, cross, radius)
+            for xy in np.asarray(points, float).reshape(2, 2):
+                if np.isfinite(xy).all(): draw_point(picture, xy, colour, cross, radius)
     return picture
 
 # %% ../nbs/08_visualizer.ipynb #7d138bfe
@@ -161,7 +162,8 @@ def log_predictions(self: Visualizer, model: nn.Module, dataset, device, epoch: 
     "`vis/overlay_gap`, `vis/overlay_slider` (points over the heat map) and `vis/heatmap_*` (the map alone over the picture) of the first samples."
     if not self.eval.vis_samples: return
     predictions = predict_samples(model, [dataset[i] for i in range(min(self.eval.vis_samples, len(dataset)))], device)
-    titles = [f'{i}: {np.abs(p["found"] - p["true"]).mean():.1f} px (input)' for i, p in enumerate(predictions)]
+    errors = [np.abs(p['found'] - p['true']).mean() for p in predictions]
+    titles = [f'{i}: {error:.1f} px (input)' if np.isfinite(error) else f'{i}: not all is there' for i, error in enumerate(errors)]
     for heat in ('gap', 'slider'):
         self._picture(f'vis/overlay_{heat}', sheet([draw_prediction(p, heat) for p in predictions], titles, 2), epoch)
         self._picture(f'vis/heatmap_{heat}', sheet([draw_prediction(p, heat, points=False) for p in predictions], titles, 2), epoch)

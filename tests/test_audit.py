@@ -11,7 +11,7 @@ from captcha_hrnet.audit import EFFECTS, HITS, STRENGTHS, Audit, audit_page, bet
 from captcha_hrnet.config import UserError, run_command
 from captcha_hrnet.synth import FACTORS, CaptchaSynth, write_dataset
 from captcha_hrnet.evaluate import span
-from test_evaluate import SMALL, checkpoint
+from test_evaluate import SMALL, checkpoint, lacking
 
 
 @pytest.fixture(scope='module')
@@ -214,3 +214,10 @@ def test_page_in_a_browser(tmp_path):
             assert ink == (scheme == 'dark')
             page.close()
         browser.close()
+
+
+def test_captchas_that_lack_something_are_left_out_and_listed(home, tmp_path, capsys):
+    _, incomplete = lacking(tmp_path / 'data', 8)
+    assert not run_command(main.__wrapped__, list(map(str, ['--weights', home / 'a.pth', '--data', tmp_path / 'data', '--factors', 'none', '--strengths', '1', '--out', tmp_path / 'out', '--device', 'cpu'])))
+    own = json.loads((tmp_path / 'out/audit.json').read_text())['own']
+    assert own['n'] == 8 - incomplete and len(own['rejected']) == incomplete

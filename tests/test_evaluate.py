@@ -41,6 +41,24 @@ def random_errors(count, seed, shift=0.):
     return sample_errors(random.normal(shift, 3, (count, 4)), np.zeros((count, 4)))
 
 
+def lacking(folder, count):
+    "A data folder in which gaps and slider pieces are missing; how many of each."
+    write_dataset(SMALL.synth.model_copy(update=dict(no_gap=.4, no_slider=.3)), 5, str(folder), train=0, val=count, workers=1)
+    records = [json.loads(line) for line in open(folder / 'val/labels.jsonl')]
+    return [sum(record[key] is None for record in records) for key in ('gap', 'slider')], sum(not (record['gap'] and record['slider']) for record in records)
+
+
+def test_captchas_that_lack_something_are_counted_apart(home, tmp_path, capsys):
+    (gapless, bare), incomplete = lacking(tmp_path / 'data', 12)
+    assert gapless and bare and incomplete < 12
+    assert not run('--weights', home / '0.pth', '--data', tmp_path / 'data', '--out', tmp_path / 'out')
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (result['n'], result['without_gaps'], result['without_sliders']) == (12 - incomplete, gapless, bare)
+    report = json.loads((tmp_path / 'out/metrics.json').read_text())
+    assert sum(group['n'] for group in report['by_width'].values()) == sum(group['n'] for group in report['by_shape'].values()) == 12 - incomplete
+    assert f'Of the {gapless} captchas without a gap, {result["false_gaps"]:.1f} % are said to have one.' in (tmp_path / 'out/report.html').read_text()
+
+
 # the paired test
 
 def test_the_paired_test_equals_a_loop():
