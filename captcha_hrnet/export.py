@@ -6,8 +6,8 @@
 __all__ = ['ONE', 'FORMS', 'MAPS', 'POINTS', 'OPSETS', 'RUNTIMES', 'TOLERANCE_PX', 'needed', 'reading', 'writing',
            'WholeWeighting', 'WholeUnit', 'right_half', 'shuffled', 'WholeStem', 'settled', 'resize_matrix',
            'letterbox_graph', 'Exported', 'to_onnx', 'describe', 'runner', 'check_pictures', 'inputs_for', 'points_of',
-           'reference_points', 'check', 'quantised', 'price', 'latency_variants', 'latency', 'latency_table',
-           'calibration', 'export', 'int8_time', 'main']
+           'reference_points', 'check', 'quantised', 'price', 'latency_variants', 'latency', 'latency_table', 'drawn',
+           'calibration', 'export', 'int8_time', 'main', 'price_table']
 
 # %% ../nbs/14_export.ipynb #70108c83
 import copy, importlib, io, json, os, tempfile, warnings
@@ -25,12 +25,13 @@ from . import __version__
 from .bench import compare, machine, repeated
 from .config import Config, SynthConfig, UserError, cli, make_folder
 from .engine import write_file
+from .evaluate import paired_test, span
 from .geometry import unletterbox
 from .model import ConditionalChannelWeighting, LiteHRNet, ShuffleUnit, create_lite_hrnet_18_fpn, decode_outputs, load_model
 from .predict import as_pixels, find_images, input_size, letterboxed
 from .synth import CaptchaSynth
 from .twin import folded
-from .validator import sample_errors
+from .validator import metrics_of, sample_errors
 
 # %% ../nbs/14_export.ipynb #ee673e53
 def needed(
@@ -381,7 +382,7 @@ def price(
     form: str,
     files: dict[str, bytes],  # float32, int8
     samples: list,            # of `CaptchaSynth`: pictures with their truth
-) -> dict:                    # moved_median_px, moved_p95_px; mae_px of each file, in px of the pictures
+) -> dict:                    # moved_median_px, moved_p95_px; metrics of each file; difference: metric -> of `paired_test`
     "What a file with fewer bits costs in accuracy, in ONNX Runtime."
     inputs = list(inputs_for(model, form, [sample.image for sample in samples]))
     true = np.array([[*sample.gap, *sample.slider] for sample in samples])
@@ -392,8 +393,9 @@ def price(
         return points if form == 'whole' else unletterbox(points.reshape(-1, 2, 2), boxes[:, None]).reshape(-1, 4)
     found = {name: answers(content) for name, content in files.items()}
     moved = np.abs(found['int8'] - found['float32']).mean(1)
-    return dict(moved_median_px=float(np.median(moved)), moved_p95_px=float(np.percentile(moved, 95)),
-                mae_px={name: float(sample_errors(points, true)['error'].mean()) for name, points in found.items()})
+    errors = {name: sample_errors(points, true) for name, points in found.items()}
+    return dict(moved_median_px=float(np.median(moved)), moved_p95_px=float(np.percentile(moved, 95)), difference=paired_test(errors['float32'], errors['int8'], 1000),
+                metrics={name: {key: float(value) for key, value in metrics_of(each).items()} for name, each in errors.items()})
 
 # %% ../nbs/14_export.ipynb #edf7e5b7
 def latency_variants(
@@ -441,12 +443,23 @@ def latency_table(rows: list[dict]) -> str:
     return '\n'.join([head] + [line(**row | dict(ms=f'{row["ms"]:.1f}', span=f'{row["fastest_ms"]:.1f} – {row["slowest_ms"]:.1f}', faster=f'{row["faster"]:.2f}')) for row in rows])
 
 # %% ../nbs/14_export.ipynb #89a993dd
+def drawn(
+    model: nn.Module,    # from `load_model`
+    count: int,
+    seed: int,           # added to the run's
+) -> list:               # of samples
+    "Captchas of the generator that a network's run had, none of which it was trained on."
+    config = Config.from_dict(model.config)
+    synth = CaptchaSynth(config.synth, config.seed + seed, 'val')
+    return [synth.draw(number) for number in range(count)]
+
 def calibration(
-    data: str | None,    # folder or pattern; None: the generator's
+    model: nn.Module,    # from `load_model`
+    data: str | None,    # folder or pattern; None: the generator's, as the network's run has it
     count: int = 64,
 ) -> list:               # uint8 [h, w, 3] each
     "Pictures to calibrate with."
-    if data is None: return check_pictures(count, seed=1)
+    if data is None: return [sample.image for sample in drawn(model, count, 1)]
     found = find_images([data])
     if found[0][2]: raise UserError(f'--data {found[0][2]}')
     chosen = found[::max(1, len(found)//count)][:count]
@@ -462,15 +475,17 @@ def export(
     count: int = 100,          # pictures to check with
 ) -> str:                      # what was found, a line
     "Export, check, and only then write."
-    chosen = calibration(data) if int8 else []
+    chosen = calibration(model, data) if int8 else []
     content = to_onnx(model, form, opset)
     largest = check(content, model, form, check_pictures(count))
     says = f'the same as PyTorch on {count} pictures: largest difference ' + ', '.join(f'{px:.1e} px in {runtime}' for runtime, px in largest.items())
     if int8:
-        synth, eight = CaptchaSynth(SynthConfig(), 2, 'val'), quantised(model, form, opset, chosen)
-        cost = price(model, form, dict(float32=content, int8=eight), [synth.draw(number) for number in range(count)])
-        says = (f'int8: points move by {cost["moved_median_px"]:.2f} px (median; 95 % by less than {cost["moved_p95_px"]:.2f} px), mean error on {count} drawn captchas '
-                f'{cost["mae_px"]["float32"]:.2f} → {cost["mae_px"]["int8"]:.2f} px; {int8_time(model, form, content, eight)}. Before: float32 was {says}')
+        eight = quantised(model, form, opset, chosen)
+        cost = price(model, form, dict(float32=content, int8=eight), drawn(model, count, 2))
+        before, after = (cost['metrics'][name] for name in ('float32', 'int8'))
+        faster = ', '.join(f'{ratio:.2f} × float32 in {runtime}' for runtime, ratio in int8_time(model, form, content, eight).items())
+        says = (f'int8: points move by {cost["moved_median_px"]:.2f} px (median; 95 % by less than {cost["moved_p95_px"]:.2f} px), on {count} drawn captchas '
+                f'the mean error goes from {before["mae_px"]:.2f} to {after["mae_px"]:.2f} px, answers within 2 px from {before["hit_le_2px"]:.0f} to {after["hit_le_2px"]:.0f} %; speed {faster}. Before: float32 was {says}')
         content = eight
     write_file(out, content)
     return f'{out}: {form}, {len(content)/1e6:.1f} MB; {says}'
@@ -479,14 +494,14 @@ def int8_time(
     model: nn.Module, form: str,
     content: bytes, eight: bytes,   # the files in float32 and int8
     seconds: float = .3,            # each round
-) -> str:                           # in words
+) -> dict[str, float]:              # runtime -> times as fast as float32
     "How the two compare in time, one thread, one picture; both run in both runtimes."
-    image, said = next(inputs_for(model, form, check_pictures(1))), []
+    image, faster = next(inputs_for(model, form, check_pictures(1))), {}
     for runtime in RUNTIMES:
         def step(run): run(image); return 1
         runs = {name: partial(repeated, partial(step, runner(file, runtime, 1)), seconds) for name, file in (('float32', content), ('int8', eight))}
-        said.append(f'{compare(runs, 3)[1].ratio:.2f} × float32 in {runtime}')
-    return 'speed ' + ', '.join(said)
+        faster[runtime] = compare(runs, 3)[1].ratio
+    return faster
 
 @cli
 def main(
@@ -496,18 +511,41 @@ def main(
     int8: Param('eight bits, calibrated, and what they cost', bool) = False,
     data: Param('folder of pictures to calibrate --int8 with (default: drawn ones)', str) = None,
     opset: Param(f'of ONNX, {OPSETS[0]} to {OPSETS[-1]}', int) = 17,
+    price: Param('measure what eight bits cost this checkpoint, on 400 captchas, write a JSON file of this name, and do nothing else', str) = None,
     time: Param('measure the default networks, with random weights, write a JSON file of this name, and do nothing else', str) = None,
 ):
     "Export a network to ONNX, checked against PyTorch in ONNX Runtime and OpenVINO."
     for name in ('onnx', *RUNTIMES): needed(name)
+    for name, path in (('price', price), ('time', time)):
+        if path and Path(path).suffix.lower() != '.json': raise UserError(f'--{name} {path}: the name must end in .json')
     if time: return _time(Path(time))
     if opset not in OPSETS: raise UserError(f'--opset {opset}: must be {OPSETS[0]} to {OPSETS[-1]}')
     if Path(out).suffix.lower() != '.onnx': raise UserError(f'--out {out}: the name must end in .onnx')   # the checkpoint, by a slip, is not overwritten
     if Path(out).is_dir(): raise UserError(f'--out {out}: is a folder; the name of a file is needed')
     if data and not int8: raise UserError('--data: only with --int8, which it calibrates')
     model = load_model(weights)
+    if price: return _price(model, Path(price))
     make_folder(Path(out).parent, '--out', 'export')
     print(export(model, out, form, int8, data, opset))
+
+def _price(model: nn.Module, path: Path, count: int = 400):
+    "What eight bits cost a network, as a file."
+    make_folder(path.parent, '--price', 'export')
+    content, eight = to_onnx(model), quantised(model, 'points', 17, calibration(model, None))
+    seen = machine() | dict(vnni=str('vnni' in Path('/proc/cpuinfo').read_text()) if Path('/proc/cpuinfo').exists() else 'unknown', onnxruntime=needed('onnxruntime').__version__)
+    cost = price(model, 'points', dict(float32=content, int8=eight), drawn(model, count, 2))
+    found = dict(machine=seen, network=model.config['model']['name'], version=model.config.get('version'), input=list(input_size(model)), samples=count,
+                 megabytes=dict(float32=len(content)/1e6, int8=len(eight)/1e6), faster=int8_time(model, 'points', content, eight, 1.), **cost)
+    write_file(path, json.dumps(found, indent=1).encode())
+    print(price_table(found))
+
+def price_table(found: dict) -> str:   # what `--price` wrote
+    "The two files side by side."
+    line = lambda key, one, other, rest='': f'{key:20} {one:9.2f} {other:9.2f}  {rest}'.rstrip()
+    apart = lambda test: f'{test["difference"]:+6.2f} {span(test["interval"], 2)}, p = {test["p"]:.3f}'
+    rows = [f'{"":20} {"float32":>9} {"int8":>9}  difference, 95 % interval'] + [line(key, one, found['metrics']['int8'][key], apart(found['difference'][key])) for key, one in found['metrics']['float32'].items()]
+    rows += [line('size, MB', *found['megabytes'].values())] + [line(f'speed, {runtime}', 1, ratio) for runtime, ratio in found['faster'].items()]
+    return '\n'.join([f'{found["version"]}, {found["network"]} at {found["input"][0]}×{found["input"][1]} px, {found["samples"]} captchas', *rows])
 
 def _time(path: Path):
     "The table of the default networks as a file."

@@ -162,7 +162,7 @@ def test_int8(model, points, tmp_path, monkeypatch):
     assert used and not any('DequantizeLinear' in name for name in used)
     samples = [CaptchaSynth(Config().synth, 0, 'val').draw(number) for number in range(4)]
     cost = price(model, 'points', dict(float32=points, int8=(tmp_path/'m.onnx').read_bytes()), samples)
-    assert cost['moved_median_px'] > 0 and set(cost['mae_px']) == {'float32', 'int8'}
+    assert cost['moved_median_px'] > 0 and set(cost['metrics']) == {'float32', 'int8'}
     assert price(model, 'points', dict(float32=points, int8=points), samples)['moved_p95_px'] == 0
 
 
