@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'INK', 'SERIES', 'CHART', 'REPORT_CSS', 'PAGES', 'BROWSER_BYTES', 'open_data', 'copy_coco', 'label_values',
-           'width_groups', 'groups_of', 'Evaluation', 'checkpoint_config', 'evaluate', 'show', 'group_lines',
-           'paired_test', 'chart', 'error_histogram', 'error_curve', 'shorter', 'render', 'span', 'cell', 'html_table',
-           'group_table', 'pictured_answer', 'lead_sentences', 'p_text', 'verdict', 'worst_answers', 'evaluation_page',
-           'metric_rows', 'comparison_table', 'write_report', 'short_names', 'main']
+           'width_groups', 'groups_of', 'surest', 'Evaluation', 'checkpoint_config', 'evaluate', 'show', 'group_lines',
+           'paired_test', 'chart', 'error_histogram', 'error_curve', 'reliability_curve', 'shorter', 'render', 'span',
+           'cell', 'html_table', 'group_table', 'pictured_answer', 'lead_sentences', 'p_text', 'verdict',
+           'worst_answers', 'evaluation_page', 'metric_rows', 'comparison_table', 'write_report', 'short_names', 'main']
 
 # %% ../nbs/13_evaluate.ipynb #b36f5a03
-import json, logging, re, shutil, tempfile
+import json, logging, math, re, shutil, tempfile
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from html import escape
@@ -105,13 +105,23 @@ def groups_of(
     dataset: CaptchaDataset,
     index: np.ndarray,   # int [N], of the samples
     flags: dict,         # name -> bool [N], as `Predictions.flags`
-) -> dict:               # 'flag', 'width', 'shape' -> name -> bool [N]
+    confidence: np.ndarray,   # [N]
+) -> dict:               # 'flag', 'width', 'shape', 'confidence' -> name -> bool [N]
     "The samples by what they have in common."
     plain_ones = ~np.any([*flags.values()], 0) if flags else np.zeros(len(index), bool)
     widths = np.array([dataset.labels.size(row)[0] for row in dataset.rows[index]])
     shapes = np.array(label_values(dataset, 'shape'), object)[index]
     by_shape = {name: np.array([shape == name for shape in shapes]) for name in sorted({shape for shape in shapes if isinstance(shape, str)})}
-    return dict(flag=({'no flag': plain_ones} if plain_ones.any() else {}) | flags, width=width_groups(widths), shape=by_shape)
+    return dict(flag=({'no flag': plain_ones} if plain_ones.any() else {}) | flags, width=width_groups(widths), shape=by_shape, confidence=surest(confidence))
+
+def surest(
+    confidence: np.ndarray,   # [N]: the score of an answer's less sure point
+) -> dict:                    # name -> bool [N]
+    "The answers that the network is surest of: what a score below which one asks somebody else would buy."
+    confidence = np.nan_to_num(confidence, nan=-1)
+    ranked = np.sort(confidence)[::-1]
+    least = {share: ranked[math.ceil(share/100*len(ranked)) - 1] for share in (98, 95, 90, 80)}
+    return {f'≥ {score:.3f}, surest {share} %': confidence >= score for share, score in least.items()}
 
 # %% ../nbs/13_evaluate.ipynb #eb1feb9d
 @dataclass
@@ -120,7 +130,7 @@ class Evaluation:
     name: str                  # of the model
     predictions: Predictions   # every sample's answer
     metrics: dict              # of `Validator.validate`, by_flag too
-    groups: dict               # 'flag', 'width', 'shape' -> name -> metrics
+    groups: dict               # 'flag', 'width', 'shape', 'confidence' -> name -> metrics
     rejected: list             # (line, reason) of the samples that were left out
 
     def to_dict(self) -> dict:
@@ -150,7 +160,7 @@ def evaluate(
     predictions = Predictions(validator.rows, dataset, model, device, name)
     points = dict(found=predictions.found, true=predictions.true)
     groups = {kind: {group: group_metrics({key: value[members] for key, value in points.items()}, resamples) for group, members in masks.items()}
-              for kind, masks in groups_of(dataset, predictions.index, predictions.flags).items()}
+              for kind, masks in groups_of(dataset, predictions.index, predictions.flags, predictions.confidence).items()}
     return Evaluation(name, predictions, metrics, groups, sorted(dataset.labels.rejected))
 
 # %% ../nbs/13_evaluate.ipynb #95bc9ee8
@@ -165,10 +175,10 @@ def show(
 
 def group_lines(evaluation: Evaluation) -> str:
     "A line for each group."
-    lines = [f'{"samples with":22} {"n":>6} ' + ' '.join(f'{title:>12}' for title in COLUMNS.values())]
+    lines = [f'{"samples with":32} {"n":>6} ' + ' '.join(f'{title:>12}' for title in COLUMNS.values())]
     for kind, groups in evaluation.groups.items():
         for name, metrics in groups.items():
-            lines.append(f'{f"{kind} {name}" if kind != "flag" else name:22} {metrics["n"]:6} ' + ' '.join(f'{show(metrics, key):>12}' for key in COLUMNS))
+            lines.append(f'{f"{kind} {name}" if kind != "flag" else name:32} {metrics["n"]:6} ' + ' '.join(f'{show(metrics, key):>12}' for key in COLUMNS))
     return '\n'.join(lines)
 
 # %% ../nbs/13_evaluate.ipynb #e822384b
@@ -242,6 +252,23 @@ def error_curve(
     axes.set(xscale='log', xlabel='error of at most …, px', ylabel='% of the captchas', ylim=(0, 101), xlim=(.1, 1000))
     _ticks(axes, errors)
     return chart(figure, f'Share of the captchas within each error, for {" and ".join(errors)}')
+
+@matplotlib.rc_context(CHART)
+def reliability_curve(
+    answers: dict,      # model's name -> (confidence [N] in [0, 1], right: bool [N])
+    most: int = 10,     # groups of about equal numbers
+) -> Markup:            # SVG
+    "How often the answers of a confidence are right: on the dotted line, exactly as often as it says."
+    figure = Figure((4.6, 2.5))
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 100], ':', color=INK, lw=1)
+    for (name, (confidence, right)), colour, style in zip(answers.items(), SERIES, ('-', '--')):
+        order = np.argsort(confidence, kind='stable')
+        groups = np.array_split(order, max(1, min(most, len(order)//20)))
+        axes.plot([confidence[g].mean() for g in groups], [100*right[g].mean() for g in groups], 'o', ls=style, color=colour, ms=4, lw=1.5, label=shorter(name))
+    axes.set(xlabel='confidence', ylabel='% right, slide ≤ 5 px', xlim=(0, 1), ylim=(0, 101))
+    if len(answers) > 1: axes.legend(fontsize=8)
+    return chart(figure, f'Share of right answers by confidence, for {" and ".join(answers)}')
 
 def _ticks(axes, errors):
     "Plain numbers on a logarithmic axis; names where there are two."
@@ -396,7 +423,8 @@ def evaluation_page(
     both = [a] + [b]*(b is not None)
     errors = {kind: {e.name: e.predictions.errors[kind] for e in both} for kind in ('error', 'slide')}
     charts = [('How often which error', error_histogram(errors['error'])), ('Captchas within an error', error_curve(errors['error'])),
-              ('Captchas within an error of the slide distance', error_curve(errors['slide']))]
+              ('Captchas within an error of the slide distance', error_curve(errors['slide'])),
+              ('Right answers by confidence', reliability_curve({e.name: (e.predictions.confidence, e.predictions.errors['slide'] <= 5) for e in both}))]
     kinds = [('truth', 'truth'), *((kind, f'answer of {e.name}') for kind, e in zip(('found', 'other'), both))]
     browser = html_page(a.predictions, b and b.predictions, pictures) if pictures else ''
     lead = lead_sentences(a) + [verdict(key, test[key], a.name, b.name) for key in ('slide_hit_le_5px', 'mae_px') if b]
