@@ -249,7 +249,7 @@ def test_page_in_a_browser(tmp_path):
             dark = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3).every(part => part < 90)")
             assert dark == (scheme == 'dark')
             assert page.locator('svg[role=img]').evaluate_all('all => all.every(e => e.getAttribute("aria-label"))')
-            assert page.locator('.chart').count() == 3 and page.locator('.chart').first.bounding_box()['width'] > 250
+            assert page.locator('.chart').count() == 4 and page.locator('.chart').first.bounding_box()['width'] > 250
             assert wrong == []
             page.close()
         browser.close()
