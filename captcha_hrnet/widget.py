@@ -205,7 +205,7 @@ CSS = """
 .chv table { border-collapse: collapse; margin: 6px 0; font-variant-numeric: tabular-nums; } .chv-wide { overflow-x: auto; contain: inline-size; }
 .chv th, .chv td { padding: 2px 9px; text-align: right; border-bottom: 1px solid #8885; white-space: nowrap; }
 .chv th { white-space: normal; vertical-align: bottom; } .chv th:first-child, .chv td:first-child, .chv .chv-text { text-align: left; }
-.chv-panel th, .chv-panel td { padding: 2px 5px; }
+.chv-panel table { font-size: 13px; } .chv-panel th, .chv-panel td { padding: 2px 4px; }
 .chv tr.chv-here td { font-weight: 700; }
 .chv-flag { border: 1px solid currentColor; border-radius: 9px; padding: 0 7px; font-size: 12px; margin-right: 4px; white-space: nowrap; }
 """
@@ -266,8 +266,8 @@ def sample_table(
     caption = f'{predictions.name}: error {error:.2f} px, slide distance off by {slide:.2f} px'
     return table(['point', 'truth', 'prediction', 'off by', 'error', 'score'], lines, caption)
 
-METRICS = dict(mae_px='mean px', median_px='median px', p95_px='95 % px', hit_le_1px='≤ 1 px', hit_le_2px='≤ 2 px', hit_le_5px='≤ 5 px',
-               slide_mae='slide mean px', slide_hit_le_1px='slide ≤ 1 px', slide_hit_le_2px='slide ≤ 2 px', slide_hit_le_5px='slide ≤ 5 px')
+METRICS = dict(mae_px='mean px', median_px='median px', p95_px='95\xa0% px', hit_le_1px='≤\xa01 px', hit_le_2px='≤\xa02 px', hit_le_5px='≤\xa05 px',
+               slide_mae='slide mean px', slide_hit_le_1px='slide ≤\xa01\xa0px', slide_hit_le_2px='slide ≤\xa02\xa0px', slide_hit_le_5px='slide ≤\xa05\xa0px')
 
 def metrics_line(metrics: dict, name: str) -> list[str]:
     "One row of the table of metrics."
@@ -925,7 +925,7 @@ def _draw(self: TrainingView):
     self.tail.value = '<pre style="white-space:pre-wrap;word-break:normal;overflow-wrap:anywhere;line-height:1.3">' + escape('\n'.join(files.lines)) + '</pre>'
 
 def _image(self: TrainingView, png: bytes, says: str) -> str:
-    return f'<img style="max-width:100%;border-radius:4px" alt="{escape(says)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+    return f'<img style="max-width:100%;max-height:480px;border-radius:4px" alt="{escape(says)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
 def _last_epoch(self: TrainingView) -> str:
     "The newest epoch in words."
