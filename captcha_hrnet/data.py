@@ -445,6 +445,12 @@ def _gather(column, indices, pin_memory) -> torch.Tensor:
 
 class PackedLoader(DataLoader):
     "The loader of a `PackedDataset`: it has the next batch stacked by a thread while one is used, and needs no processes."
+    def __init__(self,
+        dataset: PackedDataset,
+        batch_sampler,             # gives lists of indices
+        pin_memory: bool = False,  # for a GPU
+    ): super().__init__(dataset, batch_sampler=batch_sampler, pin_memory=pin_memory)
+
     def __iter__(self):
         following = None
         with ThreadPoolExecutor(1) as thread:
