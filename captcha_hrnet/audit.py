@@ -294,6 +294,7 @@ def _measure_own(audit: Audit, source, strengths, measure):
     lacking = np.isnan(points).any(1)
     rejected = source.labels.rejected + [(source.labels.lines[row], 'no gap or no slider piece: nothing that a counter-measure could hide') for row in source.rows[lacking]]
     source.rows = source.rows[~lacking]
+    if not len(source.rows): raise UserError(f'{source.labels.path}: no captcha has a gap and a slider piece')
     before = measure(OwnLevel(source))
     hit = hits(before, metric)
     audit.own.update(n=len(hit), hits=100*float(hit.mean()), interval=rate_interval(hit), metrics=group_metrics(before, 1000), flags=flag_rows(source, hit), levels=[], rejected=sorted(rejected))
