@@ -6,8 +6,8 @@
 __all__ = ['ONE', 'FORMS', 'MAPS', 'POINTS', 'OPSETS', 'RUNTIMES', 'TOLERANCE_PX', 'needed', 'reading', 'writing',
            'WholeWeighting', 'WholeUnit', 'right_half', 'shuffled', 'WholeStem', 'settled', 'resize_matrix',
            'letterbox_graph', 'Exported', 'to_onnx', 'describe', 'runner', 'check_pictures', 'inputs_for', 'points_of',
-           'reference_points', 'check', 'quantised', 'price', 'latency_variants', 'latency', 'latency_table', 'drawn',
-           'calibration', 'export', 'int8_time', 'main', 'price_table']
+           'reference_points', 'check', 'quantised', 'price', 'price_table', 'latency_variants', 'latency',
+           'latency_table', 'drawn', 'calibration', 'export', 'int8_time', 'main']
 
 # %% ../nbs/14_export.ipynb #70108c83
 import copy, importlib, io, json, os, tempfile, warnings
@@ -397,6 +397,30 @@ def price(
     return dict(moved_median_px=float(np.median(moved)), moved_p95_px=float(np.percentile(moved, 95)), difference=paired_test(errors['float32'], errors['int8'], 1000),
                 metrics={name: {key: float(value) for key, value in metrics_of(each).items()} for name, each in errors.items()})
 
+# %% ../nbs/14_export.ipynb #6339d4a4
+def price_table(found: dict) -> str:   # what `--price` wrote
+    "The two files side by side."
+    line = lambda key, one, other, rest='': f'{key:20} {one:9.2f} {other:9.2f}  {rest}'.rstrip()
+    apart = lambda test: f'{test["difference"]:+6.2f} {span(test["interval"], 2)}, p = {test["p"]:.3f}'
+    rows = [f'{"":20} {"float32":>9} {"int8":>9}  difference, 95 % interval'] + [line(key, one, found['metrics']['int8'][key], apart(found['difference'][key])) for key, one in found['metrics']['float32'].items()]
+    rows += [line('size, MB', *found['megabytes'].values())] + [line(f'speed, {runtime}', 1, ratio) for runtime, ratio in found['faster'].items()]
+    return '\n'.join([f'{found["version"]}, {found["network"]} at {found["input"][0]}×{found["input"][1]} px, {found["samples"]} captchas', *rows])
+
+def _time(path: Path):
+    "The table of the default networks as a file."
+    make_folder(path.parent, '--time', 'export')
+    torch.manual_seed(0)
+    config, before, models = Config(), os.getloadavg(), {}
+    for name in ('lite_hrnet_18', 'naive_lite_hrnet_18'):
+        model = create_lite_hrnet_18_fpn(config.model.model_copy(update=dict(name=name))).eval()
+        model.config = config.to_dict()
+        models[name] = model, dict(float32=to_onnx(model), int8=quantised(model, 'points', 17, check_pictures(16)))
+    rows = latency({'lite_hrnet_18': models['lite_hrnet_18']})
+    rows += latency({'naive_lite_hrnet_18': models['naive_lite_hrnet_18']}, threads=(1,), batches=(1,))
+    seen = machine() | {name: needed(name).__version__ for name in ('onnx', *RUNTIMES)} | dict(load=' → '.join(f'{load[0]:.1f}' for load in (before, os.getloadavg())))
+    write_file(path, json.dumps(dict(machine=seen, rows=rows), indent=1).encode())
+    print(latency_table(rows), *(f'{key}: {value}' for key, value in seen.items()), sep='\n')
+
 # %% ../nbs/14_export.ipynb #edf7e5b7
 def latency_variants(
     contents: dict[str, bytes],  # float32, int8; of the form 'points'
@@ -520,8 +544,8 @@ def main(
         if path and Path(path).suffix.lower() != '.json': raise UserError(f'--{name} {path}: the name must end in .json')
     if time: return _time(Path(time))
     if opset not in OPSETS: raise UserError(f'--opset {opset}: must be {OPSETS[0]} to {OPSETS[-1]}')
-    if Path(out).suffix.lower() != '.onnx': raise UserError(f'--out {out}: the name must end in .onnx')   # the checkpoint, by a slip, is not overwritten
     if Path(out).is_dir(): raise UserError(f'--out {out}: is a folder; the name of a file is needed')
+    if Path(out).suffix.lower() != '.onnx': raise UserError(f'--out {out}: the name must end in .onnx')   # the checkpoint, by a slip, is not overwritten
     if data and not int8: raise UserError('--data: only with --int8, which it calibrates')
     model = load_model(weights)
     if price: return _price(model, Path(price))
@@ -538,29 +562,6 @@ def _price(model: nn.Module, path: Path, count: int = 400):
                  megabytes=dict(float32=len(content)/1e6, int8=len(eight)/1e6), faster=int8_time(model, 'points', content, eight, 1.), **cost)
     write_file(path, json.dumps(found, indent=1).encode())
     print(price_table(found))
-
-def price_table(found: dict) -> str:   # what `--price` wrote
-    "The two files side by side."
-    line = lambda key, one, other, rest='': f'{key:20} {one:9.2f} {other:9.2f}  {rest}'.rstrip()
-    apart = lambda test: f'{test["difference"]:+6.2f} {span(test["interval"], 2)}, p = {test["p"]:.3f}'
-    rows = [f'{"":20} {"float32":>9} {"int8":>9}  difference, 95 % interval'] + [line(key, one, found['metrics']['int8'][key], apart(found['difference'][key])) for key, one in found['metrics']['float32'].items()]
-    rows += [line('size, MB', *found['megabytes'].values())] + [line(f'speed, {runtime}', 1, ratio) for runtime, ratio in found['faster'].items()]
-    return '\n'.join([f'{found["version"]}, {found["network"]} at {found["input"][0]}×{found["input"][1]} px, {found["samples"]} captchas', *rows])
-
-def _time(path: Path):
-    "The table of the default networks as a file."
-    make_folder(path.parent, '--time', 'export')
-    torch.manual_seed(0)
-    config, before, models = Config(), os.getloadavg(), {}
-    for name in ('lite_hrnet_18', 'naive_lite_hrnet_18'):
-        model = create_lite_hrnet_18_fpn(config.model.model_copy(update=dict(name=name))).eval()
-        model.config = config.to_dict()
-        models[name] = model, dict(float32=to_onnx(model), int8=quantised(model, 'points', 17, check_pictures(16)))
-    rows = latency({'lite_hrnet_18': models['lite_hrnet_18']})
-    rows += latency({'naive_lite_hrnet_18': models['naive_lite_hrnet_18']}, threads=(1,), batches=(1,))
-    seen = machine() | {name: needed(name).__version__ for name in ('onnx', *RUNTIMES)} | dict(load=' → '.join(f'{load[0]:.1f}' for load in (before, os.getloadavg())))
-    write_file(path, json.dumps(dict(machine=seen, rows=rows), indent=1).encode())
-    print(latency_table(rows), *(f'{key}: {value}' for key, value in seen.items()), sep='\n')
 
 # %% ../nbs/14_export.ipynb #0bbd9c58
 #| eval: false

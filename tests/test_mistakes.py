@@ -74,7 +74,7 @@ def test_weights(home, monkeypatch, capsys, command):
     ('evaluate --weights good.pth --data mine --images mine', '--images mine: goes with a COCO file, and mine is none'),
     ('evaluate --weights good.pth --data mine --compare none.pth --out new', 'none.pth: no such weights file'),
     ('export --weights good.pth --out good.pth', 'must end in .onnx'),
-    ('export --weights good.pth --out empty', 'must end in .onnx'),
+    ('export --weights good.pth --out empty', 'is a folder'),
     ('export --weights good.pth --out m.onnx --opset 3', '--opset 3: must be 13 to 20'),
     ('export --weights good.pth --out m.onnx --int8 --data empty', '--data empty: no picture in it'),
     ('audit --weights good.pth --out new --images mine', '--images: goes with a COCO file as --data'),
