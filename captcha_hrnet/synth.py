@@ -1474,7 +1474,7 @@ def write_chunk(
         sample = synth.draw(index)
         path = folder / image_name(index)
         temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_bytes(cv2.imencode(".png", sample.image[..., ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 3])[1].tobytes())
+        temporary.write_bytes(cv2.imencode(".png", sample.image[..., ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE])[1].tobytes())
         os.replace(temporary, path)
         lines.append(json.dumps(sample.record(image_name(index))) + "\n")
     write_atomically(part_path(folder, start), "".join(lines).encode())
