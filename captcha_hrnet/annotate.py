@@ -55,9 +55,11 @@ class Annotations:
 
     def points(self, name: str) -> dict:   # of 'gap' and 'slider' those that are marked: [x, y] px
         record = json.loads(self.lines.get(name, '{}'))
-        return {point: record[point] for point in NAMES if point in record}
+        return {point: record[point] for point in NAMES if record.get(point)}
 
-    def is_whole(self, name: str) -> bool: return len(self.points(name)) == 2
+    def is_whole(self, name: str) -> bool:   # each point is marked, or a label says that there is none
+        record = json.loads(self.lines.get(name, '{}'))
+        return all(record.get(point) or record.get(f'no_{point}') for point in NAMES)
 
     @property
     def done(self) -> int: return sum(map(self.is_whole, self.names))
@@ -93,8 +95,9 @@ def change(self: Annotations,
     "Set a picture's points, and save."
     before = self.lines.get(name)
     width, height = self.sizes[name]
-    rest = {key: value for key, value in json.loads(before or '{}').items() if key not in NAMES}
-    record = dict(image=name, width=width, height=height) | {point: [round(float(v), 2) for v in points[point]] for point in NAMES if point in points} | rest
+    rest = {key: value for key, value in json.loads(before or '{}').items() if key not in NAMES and key.removeprefix('no_') not in points}   # what is marked is there
+    there = {point: [round(float(v), 2) for v in points[point]] for point in NAMES if point in points}
+    record = dict(image=name, width=width, height=height) | there | {point: None for point in NAMES if rest.get(f'no_{point}')} | rest
     if wrong := check_record(dict(gap=[0, 0], slider=[0, 0]) | record): raise UserError('; '.join(wrong))
     self._put(name, _line(record) if points else None)
     self.history.append((name, before))

@@ -257,3 +257,18 @@ def test_a_hand_in(front_end, chromium, pictures, tmp_path):  # noqa: F811
         if front_end == 'lab': assert page.evaluate('document.querySelectorAll(".jp-Notebook-cell").length') == 1   # no key reached the notebook
         page.close()
     assert Annotations(tmp_path/'train').done == 1
+
+
+def test_labels_that_say_there_is_none(tmp_path):
+    "They stand as they are until somebody marks what they lack."
+    for name in 'ab': Image.fromarray(np.full((40, 80, 3), 99, np.uint8)).save(tmp_path / f'{name}.png')
+    lines = [dict(image=f'{name}.png', width=80, height=40, gap=None, no_gap=True, slider=[9, 9]) for name in 'ab']
+    (tmp_path / 'labels.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    annotator = Annotator(tmp_path)
+    annotator.step(1)
+    assert annotator.store.done == 2 and annotator.points == dict(slider=[9, 9])
+    annotator.store.change('b.png', dict(slider=[10, 9]))
+    annotator.store.change('a.png', dict(slider=[9, 9], gap=[50, 9]))
+    records = [json.loads(line) for line in (tmp_path / 'labels.jsonl').read_text().splitlines()]
+    assert records == [dict(image='a.png', width=80, height=40, gap=[50, 9], slider=[9, 9]), lines[1] | dict(slider=[10, 9])]
+    assert annotator.store.undo() == 'a.png' and Annotations(tmp_path).done == 2 and Annotations(tmp_path).points('a.png') == dict(slider=[9, 9])
