@@ -71,12 +71,15 @@ def toy_run(folder, overrides, resume=None, incident=None):
         (folder/'tiny.yaml').write_text(TINY)
         run = in_this_process(folder, *overrides, 'checkpoints.save_interval=1', resume=resume)
         if incident: incident.into(run, patch)
-        before = signal.signal(signal.SIGTERM, module.end_at_once)   # as the command does
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGCHLD, signal.SIGALRM)}
+        patch.setattr(sys, 'unraisablehook', sys.unraisablehook)
+        signal.signal(signal.SIGTERM, module.end_at_once)   # as the command does; but this process goes on after its end
         try: run.fit()
         except (Killed, SystemExit): return False
         except UserError as error: return str(error)
         finally:
-            signal.signal(signal.SIGTERM, before)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            for number, handler in before.items(): signal.signal(number, handler)
             run.visualizer.close()
             for lock in run.locks: lock.close()
         return run.done
