@@ -349,7 +349,9 @@ def metric_words(metric: str) -> str:
     "One of `HITS`, as a reader says it."
     return f'{"slides" if metric.startswith("slide") else "answers"} within {metric[-3]} px'
 
-def between(interval) -> str: return ' to '.join(f'{round(value) + 0:g}' for value in interval)   # no minus before a zero
+def between(interval) -> str:
+    "An interval in a sentence, without a minus before a zero."
+    return ' to '.join(f'{round(value) + 0:g}' for value in interval)
 
 def name_of(level: dict) -> str:
     "A factor in the middle of a sentence."
