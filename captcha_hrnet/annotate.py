@@ -53,11 +53,13 @@ class Annotations:
         self.lines = {name: _line(record) for name, record in notes['unfinished'].items()} | whole   # JSON by picture
         self.here = notes['here'] if notes['here'] in self.sizes else next((name for name in self.names if not self.is_whole(name)), self.names[0])
 
-    def points(self, name: str) -> dict:   # of 'gap' and 'slider' those that are marked: [x, y] px
+    def points(self, name: str) -> dict:   # point -> [x, y] px
+        "Of 'gap' and 'slider' those that are marked."
         record = json.loads(self.lines.get(name, '{}'))
         return {point: record[point] for point in NAMES if record.get(point)}
 
-    def is_whole(self, name: str) -> bool:   # each point is marked, or a label says that there is none
+    def is_whole(self, name: str) -> bool:
+        "Is each point marked, or does the label say that there is none?"
         record = json.loads(self.lines.get(name, '{}'))
         return all(record.get(point) or record.get(f'no_{point}') for point in NAMES)
 

@@ -440,7 +440,8 @@ class PackedDataset(Dataset):
 def _gather(column, indices, pin_memory) -> torch.Tensor:
     if not pin_memory: return torch.from_numpy(column[indices])
     block = torch.empty(len(indices), *column.shape[1:], dtype=torch.from_numpy(column[:0].copy()).dtype, pin_memory=True)   # PyTorch keeps such blocks for the next batch
-    for to, i in enumerate(indices): block.numpy()[to] = column[i]
+    rows = block.numpy()   # the same memory
+    for to, i in enumerate(indices): rows[to] = column[i]
     return block
 
 class PackedLoader(DataLoader):

@@ -24,6 +24,7 @@ from .data import read_image
 from .engine import write_file
 from .geometry import Letterbox, letterbox_image, unletterbox
 from .model import load_model
+from .validator import NONE_BELOW
 from .visualizer import RED, draw_point
 
 # %% ../nbs/10_predict.ipynb #865e5b1f
@@ -170,7 +171,7 @@ class Predictor:
     def __init__(self,
         weights='pretrained',     # path of a checkpoint, or a network from `load_model`
         device: str = 'auto',     # auto, cpu, cuda, cuda:N or mps
-        threshold: float = .1,    # in [0, 1]: a point with a lower score is none
+        threshold: float = NONE_BELOW,    # in [0, 1]: a point with a lower score is none
         batch_size: int = 32,     # pictures that the network sees at once, ≥ 1
         flip: bool = False,       # average with the picture upside down: twice the time
     ):
@@ -240,7 +241,7 @@ def main(
     images: Param('pictures, folders of pictures, and patterns such as "captchas/*.png"', str, nargs='+'),
     weights: Param("checkpoint, or 'pretrained'", str) = 'pretrained',
     out: Param('folder for pictures with the points drawn on them', str) = None,
-    threshold: Param('a point with a lower score is none, 0 to 1', float) = .1,
+    threshold: Param('a point with a lower score is none, 0 to 1', float) = NONE_BELOW,
     batch_size: Param('pictures at once', int) = 32,
     flip: Param('average with the picture upside down: twice the time', bool) = False,
     device: Param('auto, cpu, cuda, cuda:N or mps', str) = 'auto',

@@ -1260,7 +1260,8 @@ class Sample:
     strength: dict             # factor -> 0..1
 
     @property
-    def points(self) -> list:  # (point, colour) of gap, slider and decoys, as far as they are there
+    def marks(self) -> list:   # of (point, colour)
+        "Gap, slider and decoys, as far as they are there."
         marked = [(self.gap, (0, 255, 0)), (self.slider, (255, 0, 0)), *((decoy, (60, 60, 255)) for decoy in self.decoys)]
         return [(point, tint) for point, tint in marked if point]
 
@@ -1400,7 +1401,7 @@ def contact_sheet(
         height, width = sample.image.shape[:2]
         scale = min(cell[0] / width, cell[1] / height)
         small = cv2.resize(sample.image, (int(width * scale), int(height * scale)), interpolation=cv2.INTER_AREA)
-        for point, tint in sample.points if marks else []:
+        for point, tint in sample.marks if marks else []:
             cv2.circle(small, to_cv2(np.array(point) * scale).tolist(), 3 * 64, tint, -1, cv2.LINE_AA, 6)
         y, x = k // columns * (cell[1] + 4), k % columns * (cell[0] + 4)
         sheet[y:y + small.shape[0], x:x + small.shape[1]] = small
@@ -1416,7 +1417,7 @@ def draw_labels(
     outlines = [(sample.gap, sample.gap_outline, (0, 255, 0)), (sample.slider, sample.slider_outline, (255, 0, 0))]
     for outline, tint in [(outline, tint) for point, outline, tint in outlines if point]:
         cv2.polylines(picture, [to_cv2(outline, zoom)], True, tint, 1, cv2.LINE_AA, 6)
-    for point, tint in sample.points:
+    for point, tint in sample.marks:
         cv2.drawMarker(picture, np.rint(np.array(point) * zoom - 0.5).astype(int).tolist(), tint, cv2.MARKER_CROSS, 12, 1)
     return picture
 

@@ -134,8 +134,8 @@ def stop_on_signals(engine):  # its `stop_requested` is set
     finally:
         for s in usual: signal.signal(s, before[s])
 
-def _mask(how, numbers=frozenset({signal.SIGTERM, signal.SIGINT})):
-    if hasattr(signal, 'pthread_sigmask'): signal.pthread_sigmask(getattr(signal, how), numbers)   # not on Windows
+def _mask(how):
+    if hasattr(signal, 'pthread_sigmask'): signal.pthread_sigmask(getattr(signal, how), {signal.SIGTERM, signal.SIGINT})   # not on Windows
 
 def _hold_signals(start, *arguments):
     "Signals that come while workers start wait until each is ready for them."
