@@ -218,7 +218,7 @@ class TrainingEngine:
     ):
         train, optimizer = config.train, config.optimizer
         self.config, self.device = config, torch.device(device)
-        memory = dict(memory_format=torch.channels_last) if train.channels_last else {}
+        memory = dict(memory_format=torch.channels_last) if train.channels_last and train.step != 'kernels' else {}
         self.model = model.to(self.device, **memory)
         self.ema = make_ema(self.model, optimizer.ema_decay)
         self.loss = CaptchaLoss(config.loss)
