@@ -548,7 +548,7 @@ def _strengths(text: str) -> tuple:
 
 @cli
 def main(
-    weights: Param('checkpoint to audit with, or pretrained', str, required=True) = None,
+    weights: Param('checkpoint to audit with, pretrained or pretrained-fast', str, required=True) = None,
     out: Param('folder for report.html and audit.json', str, required=True) = None,
     data: Param('your own labelled captchas: a data folder, or a COCO keypoints JSON file', str) = None,
     split: Param('folder in the data folder', str) = 'val',

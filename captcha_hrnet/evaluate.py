@@ -463,7 +463,7 @@ def _measure(stack, model, weights, name, device, where: dict, how: dict) -> Eva
 
 @cli
 def main(
-    weights: Param('checkpoint to measure, or pretrained', str, required=True) = None,
+    weights: Param('checkpoint to measure, pretrained or pretrained-fast', str, required=True) = None,
     data: Param('data folder, or a COCO keypoints JSON file', str) = 'data',
     split: Param('folder in the data folder', str) = 'val',
     compare: Param('a second checkpoint, compared with the first on the same captchas', str) = None,

@@ -529,7 +529,7 @@ def int8_time(
 
 @cli
 def main(
-    weights: Param("checkpoint, or 'pretrained'", str) = 'pretrained',
+    weights: Param("checkpoint, 'pretrained' or 'pretrained-fast'", str) = 'pretrained',
     out: Param('ONNX file to write', str) = 'model.onnx',
     form: Param('points: letterboxed pictures in, points out; maps: heat maps out; whole: a picture of any size in, points in its pixels out', str, choices=list(FORMS)) = 'points',
     int8: Param('eight bits, calibrated, and what they cost', bool) = False,

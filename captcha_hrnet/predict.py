@@ -169,7 +169,7 @@ def outputs_of(
 class Predictor:
     "`Predictor(weights)(image)`: where gap and slider are in a picture, in the picture's pixels."
     def __init__(self,
-        weights='pretrained',     # path of a checkpoint, or a network from `load_model`
+        weights='pretrained',     # what `load_model` takes: path of a checkpoint, 'pretrained', 'pretrained-fast'; or a network from it
         device: str = 'auto',     # auto, cpu, cuda, cuda:N or mps
         threshold: float = NONE_BELOW,    # in [0, 1]: a point with a lower score is none
         batch_size: int = 32,     # pictures that the network sees at once, ≥ 1
@@ -239,7 +239,7 @@ Predictor._answer, Predictor._fill = _answer, _fill
 @cli
 def main(
     images: Param('pictures, folders of pictures, and patterns such as "captchas/*.png"', str, nargs='+'),
-    weights: Param("checkpoint, or 'pretrained'", str) = 'pretrained',
+    weights: Param("checkpoint, 'pretrained' or 'pretrained-fast'", str) = 'pretrained',
     out: Param('folder for pictures with the points drawn on them', str) = None,
     threshold: Param('a point with a lower score is none, 0 to 1', float) = NONE_BELOW,
     batch_size: Param('pictures at once', int) = 32,

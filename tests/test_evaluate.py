@@ -182,7 +182,7 @@ def test_what_is_left_out_is_told(home, tmp_path, capsys, caplog):
 @pytest.mark.parametrize('arguments, said', [
     (['--weights', 'none.pth', '--data', 'data'], 'none.pth: no such weights file'),
     (['--weights', 'coco.json', '--data', 'data'], 'coco.json: not a readable weights file'),
-    (['--weights', 'pretrained', '--data', 'data'], 'no trained weights ship with this version'),
+    (['--weights', 'pretrain', '--data', 'data'], 'pretrain: no such weights file'),
     (['--weights', '0.pth', '--data', 'nowhere'], 'nowhere/val: no such folder'),
     (['--weights', '0.pth', '--data', 'data', '--split', 'train'], "data needs one named 'train'"),
     (['--weights', '0.pth', '--data', '.', '--split', 'data'], 'data/labels.jsonl: no such file'),

@@ -10,10 +10,13 @@ from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from captcha_hrnet import model as model_module
-from captcha_hrnet.config import Config, UserError
+from captcha_hrnet.config import Config, UserError, load_config
 from captcha_hrnet.geometry import HeatmapCodec
-from captcha_hrnet.model import (BACKBONES, CaptchaKeypointNet, CrossResolutionWeighting, LiteFPN, backbone_tensors, best_pair,
-                                 channel_shuffle, create_backbone, create_lite_hrnet_18_fpn, dark_offset, load_model, model_table)
+from captcha_hrnet.model import (BACKBONES, SHIPPED, CaptchaKeypointNet, CrossResolutionWeighting, LiteFPN, backbone_tensors, best_pair,
+                                 channel_shuffle, create_backbone, create_lite_hrnet_18_fpn, dark_offset, load_model, model_table,
+                                 shipped_weights)
+from captcha_hrnet.predict import Predictor
+from captcha_hrnet.synth import CaptchaSynth, find_preset
 
 REFERENCE = Path(__file__).parent/'data'/'reference'
 PARAMETERS = {'lite_hrnet_18': 1_054_032, 'lite_hrnet_30': 1_686_980, 'naive_lite_hrnet_18': 715_708, 'rep_hrnet_18': 777_464}
@@ -159,6 +162,26 @@ def test_torn_checkpoints_are_one_line(net, tmp_path_factory, keep):
     data = (folder/'whole.pth').read_bytes()
     (folder/'torn.pth').write_bytes(data[:int(keep*len(data))])
     with pytest.raises(UserError, match='torn.pth'): load_model(folder/'torn.pth')
+
+
+@pytest.mark.parametrize('name', SHIPPED)
+def test_shipped_weights_find_what_they_never_saw(name):
+    "On captchas of the default generator, of a seed that training never drew from: a net that has lost its weights finds none of them."
+    predictor, synth = Predictor(name, 'cpu'), CaptchaSynth(load_config(find_preset('default')).synth, seed=2**31)
+    drawn = [synth.draw(i) for i in range(40)]
+    misses = [abs(answer.distance - (sample.gap[0] - sample.slider[0])) if answer.distance is not None else np.inf for answer, sample in zip(predictor([d.image for d in drawn]), drawn)]
+    assert np.mean(np.array(misses) <= 5) >= .6 and np.median(misses) < 2, sorted(misses)
+
+
+def test_shipped_weights_are_guarded(tmp_path, monkeypatch):
+    content = shipped_weights('pretrained-fast').read_bytes()
+    assert len(content) < 5e6
+    monkeypatch.setattr('captcha_hrnet.model.resources.files', lambda _: tmp_path)
+    with pytest.raises(UserError, match='No such file.*install the library again'): load_model('pretrained-fast')
+    (tmp_path/'weights').mkdir()
+    for damaged in (content[:-1], content[:9999] + bytes([content[9999] ^ 1]) + content[10000:]):
+        (tmp_path/'weights/pretrained-fast.safetensors').write_bytes(damaged)
+        with pytest.raises(UserError, match='damaged.*install the library again'): load_model('pretrained-fast')
 
 
 def test_load_model(net, tmp_path):
