@@ -39,14 +39,20 @@ def assert_same(mine, theirs, inputs):
     for a, b in zip([*mine, *slopes[0]], [*theirs, *slopes[1]]): torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5*b.abs().max().item())
 
 
-@pytest.mark.parametrize('stride, up, affine', [(1, 0, False), (1, 4, False), (1, 1, False), (2, 0, True), (1, 0, True)])
-def test_depthwise(stride, up, affine):
-    x, weight = random(2, 3, 8, 16), random(3, 1, 3, 3)
-    scale, shift = (random(3), random(3)) if affine else (None, None)
-    gate = random(2, 3, 8//up, 16//up) if up else None
-    value = activated(x, scale, shift, affine)*(F.interpolate(gate, scale_factor=up) if up else 1)
-    y = F.conv2d(value, weight, stride=stride, padding=1, groups=3)
-    assert_same(kernels.Depthwise.apply(x, scale, shift, gate, weight, affine, stride), (y, sums(y)), [x, scale, shift, gate, weight])
+@pytest.mark.parametrize('stride, up, affine, relu, shape', [
+    (1, 0, False, False, (2, 3, 8, 16)), (1, 0, True, True, (9, 2, 18, 128)), (1, 0, True, False, (3, 2, 5, 24)), (1, 0, True, True, (2, 2, 1, 2)),   # 8 pictures of width 128 a tile, 8 rows a walk
+    (1, 1, False, False, (65, 2, 8, 16)), (1, 2, False, False, (2, 3, 16, 32)), (1, 4, False, False, (17, 1, 32, 64)), (1, 8, False, False, (2, 3, 24, 128)), (1, 8, False, False, (2, 1, 8, 8)),
+    (2, 0, True, True, (5, 2, 20, 256)), (2, 0, True, True, (2, 3, 34, 64)), (2, 0, False, False, (3, 2, 8, 16)), (2, 0, True, False, (2, 2, 7, 13)), (2, 2, True, True, (2, 2, 36, 32))])
+def test_depthwise(stride, up, affine, relu, shape):
+    N, C, H, W = shape
+    whole, weight = random(N, C + 1, H, W), random(C, 1, 3, 3)
+    x = whole[:, 1:]
+    scale, shift = (random(C), random(C)) if affine else (None, None)
+    gate = random(N, C + 1, H//up, W//up)[:, :C] if up else None
+    value = activated(x, scale, shift, relu)*(F.interpolate(gate, scale_factor=up) if up else 1)
+    y = F.conv2d(value, weight, stride=stride, padding=1, groups=C)
+    mine, stats = kernels.Depthwise.apply(x, scale, shift, gate, weight, relu, stride)
+    assert_same((mine, stats.sum(-1)), (y, sums(y)), [x, scale, shift, gate, weight])
 
 
 @pytest.mark.parametrize('inputs, outputs, affine, exact', [(5, 7, False, False), (20, 40, True, False), (16, 1, True, True)])

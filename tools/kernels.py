@@ -20,72 +20,169 @@ def _block_sum(x, U: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr):   # [BH,
     return tl.sum(tl.sum(tl.reshape(x, [BH//U, U, BW//U, U]), 3), 1)
 
 @triton.jit
-def _depthwise_forward(x, scale, shift, gate, weight, out, stats, C, H, W, Ho, Wo, x_n, x_c, chunks,
-                       BH: tl.constexpr, BW: tl.constexpr, STRIDE: tl.constexpr, U: tl.constexpr, AFFINE: tl.constexpr, RELU: tl.constexpr):
-    plane, chunk = tl.program_id(0), tl.program_id(1)
-    n, c = plane // C, plane % C
-    rows, cols = chunk*BH + tl.arange(0, BH)[:, None], tl.arange(0, BW)[None, :]
-    a = tl.load(scale + c) if AFFINE else 1.
-    b = tl.load(shift + c) if AFFINE else 0.
-    total = tl.zeros([BH, BW], tl.float32)
-    for ky in tl.static_range(3):
-        for kx in tl.static_range(3):
-            r, q = rows*STRIDE + (ky - 1), cols*STRIDE + (kx - 1)
-            inside = (r >= 0) & (r < H) & (q >= 0) & (q < W)
-            v = tl.load(x + n*x_n + c*x_c + r*W + q, mask=inside, other=0.).to(tl.float32)
-            v = _activate(v, a, b, AFFINE, RELU)
-            if U: v = v*tl.load(gate + (plane*(H//U) + r//U)*(W//U) + q//U, mask=inside, other=0.).to(tl.float32)
-            total += tl.where(inside, v, 0.)*tl.load(weight + c*9 + ky*3 + kx)
-    here = (rows < Ho) & (cols < Wo)
-    y = total.to(out.dtype.element_ty)
-    tl.store(out + plane*Ho*Wo + rows*Wo + cols, y, mask=here)
-    y = tl.where(here, y.to(tl.float32), 0.)
-    P, at = tl.num_programs(0)//C*chunks, n*chunks + chunk
-    tl.store(stats + c*P + at, tl.sum(y))
-    tl.store(stats + (C + c)*P + at, tl.sum(y*y))
+def _phases(x, K: tl.constexpr):
+    "[M, S*K] -> K maps [M, S]: columns K·j, K·j + 1, … A thread that loads K columns at once keeps them all."
+    if K == 1: return (x,)
+    else:
+        even, odd = tl.split(tl.reshape(x, [x.shape[0], x.shape[1]//2, 2]))
+        even, odd, parts = _phases(even, K//2), _phases(odd, K//2), ()
+        for k in tl.static_range(K//2): parts = parts + (even[k], odd[k])
+        return parts
 
 @triton.jit
-def _depthwise_backward(g, y, gstats, x, scale, shift, gate, weight, gx, ggate, gsums, gweight, C, H, W, Ho, Wo, x_n, x_c, chunks,
-                        BH: tl.constexpr, BW: tl.constexpr, STRIDE: tl.constexpr, U: tl.constexpr, AFFINE: tl.constexpr, RELU: tl.constexpr):
-    plane, chunk = tl.program_id(0), tl.program_id(1)
-    N = tl.num_programs(0)//C
-    n, c = plane // C, plane % C
-    rows, cols = chunk*BH + tl.arange(0, BH)[:, None], tl.arange(0, BW)[None, :]
-    here = (rows < H) & (cols < W)
+def _whole(parts, K: tl.constexpr):   # undoes _phases
+    if K == 1: return parts[0]
+    else:
+        even, odd = _whole(parts[0::2], K//2), _whole(parts[1::2], K//2)
+        return tl.reshape(tl.join(even, odd), [even.shape[0], 2*even.shape[1]])
+
+@triton.jit
+def _neighbour(x, STEP: tl.constexpr):
+    "Each column's left (-1) or right (1) neighbour, zero beyond the border."
+    at = tl.arange(0, x.shape[1])[None, :] + STEP
+    inside = (at >= 0) & (at < x.shape[1])
+    return tl.where(inside, tl.gather(x, tl.broadcast_to(tl.where(inside, at, 0), x.shape), 1), 0.)
+
+@triton.jit
+def _bordered(x, K: tl.constexpr):
+    "K + 2 maps: the column before, the phases, the column after."
+    parts = _phases(x, K)
+    return (_neighbour(parts[K - 1], -1),) + parts + (_neighbour(parts[0], 1),)
+
+@triton.jit
+def _triple(pointer): return (tl.load(pointer), tl.load(pointer + 1), tl.load(pointer + 2))
+
+@triton.jit
+def _door(gate, n, r, N, H, W, gate_n, U: tl.constexpr, BM: tl.constexpr, BW: tl.constexpr):
+    "Row r of the gate, a map for each of a thread's 8 columns."
+    at = tl.arange(0, BW//U)[None, :]
+    narrow = _phases(tl.load(gate + n*gate_n + r//U*(W//U) + at, mask=(n < N) & (r >= 0) & (r < H) & (at < W//U), other=0.).to(tl.float32), 8//U)
+    wide = ()
+    for k in tl.static_range(8): wide = wide + (narrow[k//U],)
+    return wide
+
+@triton.jit
+def _row(x, n, r, N, H, W, x_n, BW: tl.constexpr):
+    q = tl.arange(0, BW)[None, :]
+    inside = (n < N) & (r >= 0) & (r < H) & (q < W)
+    return tl.load(x + n*x_n + r*W + q, mask=inside, other=0.).to(tl.float32), inside
+
+@triton.jit
+def _input_row(x, a, b, gate, n, r, N, H, W, x_n, gate_n, BM: tl.constexpr, BW: tl.constexpr, U: tl.constexpr, AFFINE: tl.constexpr, RELU: tl.constexpr):
+    v, inside = _row(x, n, r, N, H, W, x_n, BW)
+    if AFFINE or RELU: v = tl.where(inside, _activate(v, a, b, AFFINE, RELU), 0.)
+    if U: v = v*_whole(_door(gate, n, r, N, H, W, gate_n, U, BM, BW), 8)
+    return _bordered(v, 8)
+
+@triton.jit
+def _depthwise_forward(x, scale, shift, gate, weight, out, stats, N, C, H, W, Ho, Wo, x_n, x_c, gate_n, rows,
+                       BM: tl.constexpr, BW: tl.constexpr, STRIDE: tl.constexpr, U: tl.constexpr, AFFINE: tl.constexpr, RELU: tl.constexpr):
+    "A program walks down some rows of one channel of BM pictures; a thread holds 8 neighbouring columns, so every load and store is aligned."
+    chunk, c, n = tl.program_id(0), tl.program_id(1), tl.program_id(2)*BM + tl.arange(0, BM)[:, None]
     a = tl.load(scale + c) if AFFINE else 1.
     b = tl.load(shift + c) if AFFINE else 0.
-    gs, gss = tl.load(gstats + c*N + n), 2*tl.load(gstats + (C + c)*N + n)
-    raw = tl.load(x + n*x_n + c*x_c + rows*W + cols, mask=here, other=0.).to(tl.float32)
-    value = tl.where(here, _activate(raw, a, b, AFFINE, RELU), 0.)
-    gated = value
-    if U:
-        door = tl.load(gate + (plane*(H//U) + rows//U)*(W//U) + cols//U, mask=here, other=0.).to(tl.float32)
-        gated = value*door
-    P, at = N*chunks, n*chunks + chunk
-    total = tl.zeros([BH, BW], tl.float32)
-    for ky in tl.static_range(3):
-        for kx in tl.static_range(3):
-            r, q = rows + (1 - ky), cols + (1 - kx)
-            inside = here & (r >= 0) & (q >= 0)
-            if STRIDE == 2:
-                inside = inside & (r % 2 == 0) & (q % 2 == 0)
-                r, q = r//2, q//2
-            inside = inside & (r < Ho) & (q < Wo)
-            at_y = plane*Ho*Wo + r*Wo + q
-            d = tl.load(g + at_y, mask=inside, other=0.).to(tl.float32) + gs + gss*tl.load(y + at_y, mask=inside, other=0.).to(tl.float32)
-            d = tl.where(inside, d, 0.)
-            total += d*tl.load(weight + c*9 + ky*3 + kx)
-            tl.store(gweight + (c*9 + ky*3 + kx)*P + at, tl.sum(d*gated))
-    if U:
-        h, w = chunk*(BH//U) + tl.arange(0, BH//U)[:, None], tl.arange(0, BW//U)[None, :]
-        blocks = _block_sum(total*value, U, BH, BW)
-        tl.store(ggate + (plane*(H//U) + h)*(W//U) + w, blocks.to(ggate.dtype.element_ty), mask=(h < H//U) & (w < W//U))
-        total = total*door
-    if RELU: total = tl.where(value > 0, total, 0.)
-    tl.store(gx + plane*H*W + rows*W + cols, (total*a).to(gx.dtype.element_ty), mask=here)
+    w = (_triple(weight + c*9), _triple(weight + c*9 + 3), _triple(weight + c*9 + 6))
+    x, out = x + c*x_c, out + c*Ho*Wo
+    if U: gate = gate + c*(H//U)*(W//U)
+    K: tl.constexpr = 8//STRIDE
+    q = tl.arange(0, BW//STRIDE)[None, :]
+    s, ss = tl.zeros([BM, BW//8], tl.float32), tl.zeros([BM, BW//8], tl.float32)
+    first = chunk*rows
+    above = _input_row(x, a, b, gate, n, first*STRIDE - 1, N, H, W, x_n, gate_n, BM, BW, U, AFFINE, RELU)
+    if STRIDE == 1: here = _input_row(x, a, b, gate, n, first, N, H, W, x_n, gate_n, BM, BW, U, AFFINE, RELU)
+    for r in range(first, tl.minimum(first + rows, Ho)):
+        if STRIDE == 2: here = _input_row(x, a, b, gate, n, 2*r, N, H, W, x_n, gate_n, BM, BW, U, AFFINE, RELU)
+        below = _input_row(x, a, b, gate, n, r*STRIDE + 1, N, H, W, x_n, gate_n, BM, BW, U, AFFINE, RELU)
+        y, lines = (), (above, here, below)
+        for k in tl.static_range(K):
+            total = tl.zeros([BM, BW//8], tl.float32)
+            for ky in tl.static_range(3):
+                for kx in tl.static_range(3): total += lines[ky][k*STRIDE + kx]*w[ky][kx]
+            y = y + (total.to(out.dtype.element_ty),)
+            total = tl.where(K*tl.arange(0, BW//8)[None, :] + k < Wo, y[k].to(tl.float32), 0.)
+            s += total
+            ss += total*total
+        tl.store(out + n*C*Ho*Wo + r*Wo + q, _whole(y, K), mask=(n < N) & (q < Wo))
+        if STRIDE == 1: above, here = here, below
+        else: above = below
+    P, at = N*tl.num_programs(0), n*tl.num_programs(0) + chunk
+    tl.store(stats + c*P + at, tl.sum(s, 1, keep_dims=True), mask=n < N)
+    tl.store(stats + (C + c)*P + at, tl.sum(ss, 1, keep_dims=True), mask=n < N)
+
+@triton.jit
+def _slope_row(g, y, gs, gss, n, r, N, H, W, y_n, BW: tl.constexpr, K: tl.constexpr):
+    "Row r of the gradient of a convolution's output, its statistics' share included."
+    d, inside = _row(g, n, r, N, H, W, y_n, BW)
+    return _bordered(tl.where(inside, d + gs + gss*_row(y, n, r, N, H, W, y_n, BW)[0], 0.), K)
+
+@triton.jit
+def _depthwise_backward(g, y, gstats, x, scale, shift, gate, weight, gx, ggate, sums, N, C, H, W, Ho, Wo, x_n, x_c, gate_n, rows, gstats_h, gstats_c, gstats_n,
+                        BM: tl.constexpr, BW: tl.constexpr, STRIDE: tl.constexpr, U: tl.constexpr, AFFINE: tl.constexpr, RELU: tl.constexpr):
+    "As the forward: for every row of the output that a program passes, STRIDE rows of the input. `sums` [11 C, programs of a channel]: of weight, scale, shift."
+    chunk, c, n = tl.program_id(0), tl.program_id(1), tl.program_id(2)*BM + tl.arange(0, BM)[:, None]
+    a = tl.load(scale + c) if AFFINE else 1.
+    b = tl.load(shift + c) if AFFINE else 0.
+    gs = tl.load(gstats + c*gstats_c + n*gstats_n, mask=n < N, other=0.)
+    gss = 2*tl.load(gstats + gstats_h + c*gstats_c + n*gstats_n, mask=n < N, other=0.)
+    w = (_triple(weight + c*9), _triple(weight + c*9 + 3), _triple(weight + c*9 + 6))
+    K: tl.constexpr = 8//STRIDE
+    BWO: tl.constexpr = BW//STRIDE
+    q = tl.arange(0, BW)[None, :]
+    column = 8*tl.arange(0, BW//8)[None, :]
+    x, gx, g, y, y_n = x + c*x_c, gx + c*H*W, g + c*Ho*Wo, y + c*Ho*Wo, C*Ho*Wo
+    if U: gate, ggate = gate + c*(H//U)*(W//U), ggate + c*(H//U)*(W//U)
+    zero = tl.zeros([BM, BW//8], tl.float32)
+    gw, gscale, gshift = (zero,)*9, zero, zero
+    blocks = (zero,)*(8//U if U else 1)
+    first = chunk*rows
+    here = _slope_row(g, y, gs, gss, n, first, N, Ho, Wo, y_n, BWO, K)
+    above = _slope_row(g, y, gs, gss, n, first - 1, N, Ho, Wo, y_n, BWO, K) if STRIDE == 1 else here
+    for r in range(first, tl.minimum(first + rows, Ho)):
+        below = _slope_row(g, y, gs, gss, n, r + 1, N, Ho, Wo, y_n, BWO, K)
+        lines = (above, here, below)
+        for s in tl.static_range(STRIDE):
+            at = r*STRIDE + s
+            raw, inside = _row(x, n, at, N, H, W, x_n, BW)
+            value = _phases(tl.where(inside, _activate(raw, a, b, AFFINE, RELU), 0.), 8)
+            raw = _phases(raw, 8)
+            gated = value
+            if U:
+                door, gated = _door(gate, n, at, N, H, W, gate_n, U, BM, BW), ()
+                for k in tl.static_range(8): gated = gated + (value[k]*door[k],)
+            taps = ()
+            for ky in tl.static_range(3):
+                for kx in tl.static_range(3):
+                    total = gw[ky*3 + kx]
+                    for k in tl.static_range(8):
+                        if (s + 1 - ky) % STRIDE == 0 and (k + 1 - kx) % STRIDE == 0: total += lines[(s + 1 - ky)//STRIDE + 1][(k + 1 - kx)//STRIDE + 1]*gated[k]
+                    taps = taps + (total,)
+            gw, out, summed = taps, (), ()
+            for k in tl.static_range(8):
+                total = zero
+                for ky in tl.static_range(3):
+                    for kx in tl.static_range(3):
+                        if (s + 1 - ky) % STRIDE == 0 and (k + 1 - kx) % STRIDE == 0: total += lines[(s + 1 - ky)//STRIDE + 1][(k + 1 - kx)//STRIDE + 1]*w[ky][kx]
+                if U:
+                    block = tl.where(at % U == 0, 0., blocks[k//U]) if k % U == 0 else block
+                    block += total*value[k]
+                    if k % U == U - 1: summed = summed + (block,)
+                    total = total*door[k]
+                if AFFINE or RELU: total = tl.where(value[k] > 0 if RELU else (column + k < W) & (at < H), total, 0.)
+                if AFFINE:
+                    gscale += total*raw[k]
+                    gshift += total
+                    total = total*a
+                out = out + (total,)
+            tl.store(gx + n*C*H*W + at*W + q, _whole(out, 8).to(gx.dtype.element_ty), mask=inside)
+            if U:
+                blocks, narrow = summed, tl.arange(0, BW//U)[None, :]
+                tl.store(ggate + n*C*(H//U)*(W//U) + at//U*(W//U) + narrow, _whole(blocks, 8//U).to(ggate.dtype.element_ty), mask=(n < N) & (narrow < W//U) & (at % U == U - 1))
+        above, here = here, below
+    P, at = tl.num_programs(0)*tl.num_programs(2), tl.program_id(2)*tl.num_programs(0) + chunk
+    for i in tl.static_range(9): tl.store(sums + (c*9 + i)*P + at, tl.sum(gw[i]))
     if AFFINE:
-        tl.store(gsums + c*P + at, tl.sum(total*raw))
-        tl.store(gsums + (C + c)*P + at, tl.sum(total))
+        tl.store(sums + (C*9 + c)*P + at, tl.sum(gscale))
+        tl.store(sums + (C*10 + c)*P + at, tl.sum(gshift))
 
 @triton.jit
 def _pointwise_forward(x, scale, shift, weight, out, stats, Ci, Co, HW, x_n, tiles,
@@ -346,7 +443,7 @@ def _plane_sums_backward(g, x, gstats, out, C, HW, N, B: tl.constexpr):
     tl.store(out + plane*HW + p, v.to(out.dtype.element_ty), mask=p < HW)
 
 
-MOST, FORWARD_PIXELS, BACKWARD_PIXELS, PROGRAMS = 4096, 128, 64, 528
+MOST, FORWARD_PIXELS, BACKWARD_PIXELS, PROGRAMS, SMS = 4096, 128, 64, 528, 132
 
 def _tile(height, width, most):   # rows and columns of a tile that holds whole rows and blocks of 8 rows
     columns = triton.next_power_of_2(width)
@@ -361,31 +458,30 @@ def _tiles(tensor_or_size, most=None):
 def new(like, *shape, **kw): return torch.empty(shape, device=like.device, dtype=kw.get('dtype', like.dtype))
 
 class Depthwise(torch.autograd.Function):
+    "The convolved map and the sums [2, C, N, parts] of its values and of their squares, which only ever add up over the parts."
     @staticmethod
     def forward(ctx, x, scale, shift, gate, weight, relu, stride):
         N, C, H, W = x.shape
-        Ho, Wo = (H - 1)//stride + 1, (W - 1)//stride + 1
-        out = new(x, N, C, Ho, Wo)
-        chunks, tile = _tiles(out.shape)
-        stats = new(x, 2, C, N, chunks, dtype=torch.float32)
-        up = 0 if gate is None else W//gate.shape[-1]
-        options = dict(STRIDE=stride, U=up, AFFINE=scale is not None, RELU=relu)
-        _depthwise_forward[(N*C, chunks)](x, scale, shift, gate, weight, out, stats, C, H, W, Ho, Wo, x.stride(0), x.stride(1), chunks, **tile, **options)
+        Ho, Wo, BW = (H - 1)//stride + 1, (W - 1)//stride + 1, max(16, triton.next_power_of_2(W))
+        BM, rows = max(1, 1024//BW), 32   # pictures and rows of the output of a program: 128 threads of 8 columns; fewer rows where that makes too few programs
+        groups = triton.cdiv(N, BM)
+        while rows > 8 and C*groups*triton.cdiv(Ho, rows) < 8*SMS: rows //= 2
+        grid, out = (triton.cdiv(Ho, rows), C, groups), new(x, N, C, Ho, Wo)
+        stats = new(x, 2, C, N, grid[0], dtype=torch.float32)
+        ctx.options = dict(BM=BM, BW=BW, STRIDE=stride, U=0 if gate is None else W//gate.shape[-1], AFFINE=scale is not None, RELU=relu)
+        ctx.grid, ctx.sizes = grid, (N, C, H, W, Ho, Wo, x.stride(0), x.stride(1), 0 if gate is None else gate.stride(0), rows)
+        _depthwise_forward[grid](x, scale, shift, gate, weight, out, stats, *ctx.sizes, **ctx.options)
         ctx.save_for_backward(x, scale, shift, gate, weight, out)
-        ctx.options = options
-        return out, stats.sum(-1) if chunks > 1 else stats[..., 0]
+        return out, stats
 
     @staticmethod
     def backward(ctx, g, gstats):
         x, scale, shift, gate, weight, out = ctx.saved_tensors
-        N, C, H, W = x.shape
-        chunks, tile = _tiles(x.shape)
-        gx, ggate = new(x, N, C, H, W), None if gate is None else torch.empty_like(gate)
-        gsums, gweight = None if scale is None else new(x, 2, C, N*chunks, dtype=torch.float32), new(x, C*9, N*chunks, dtype=torch.float32)
-        _depthwise_backward[(N*C, chunks)](g.contiguous(), out, gstats.contiguous(), x, scale, shift, gate, weight, gx, ggate, gsums, gweight,
-                                           C, H, W, *out.shape[2:], x.stride(0), x.stride(1), chunks, **tile, **ctx.options)
-        gscale, gshift = gsums.sum(-1) if gsums is not None else (None, None)
-        return gx, gscale, gshift, ggate, gweight.sum(-1).view(weight.shape), None, None
+        gx, ggate, C = new(x, *x.shape), None if gate is None else new(gate, *gate.shape), x.shape[1]
+        sums = new(x, C*(9 if scale is None else 11), ctx.grid[0]*ctx.grid[2], dtype=torch.float32)
+        _depthwise_backward[ctx.grid](g.contiguous(), out, gstats, x, scale, shift, gate, weight, gx, ggate, sums, *ctx.sizes, *gstats.stride()[:3], **ctx.options)
+        gweight, *affine = sums.sum(-1).split([9*C, C, C][:1 if scale is None else 3])
+        return gx, *(affine or (None, None)), ggate, gweight.view(weight.shape), None, None
 
 
 def _padded(channels): return max(16, triton.next_power_of_2(channels))
@@ -625,9 +721,9 @@ def weigh(block, maps):
         gates = cross.conv2(cross.conv1(pooled)).to(pooled.dtype).split(cross.channels, 1)
     out = []
     for left, right, gate, depthwise, weighting in zip(halves[:n], halves[n:], gates, block.depthwise_convs, block.spatial_weighting):
-        y, stats = Depthwise.apply(right, None, None, gate.contiguous(), depthwise.conv.weight, False, 1)
+        y, stats = Depthwise.apply(right, None, None, gate, depthwise.conv.weight, False, 1)
         x = normalise(Pending(y, stats=stats), depthwise.bn)
-        means = stats[0].t()/(y.shape[2]*y.shape[3])*x.scale + x.shift
+        means = stats[0].sum(-1).t()/(y.shape[2]*y.shape[3])*x.scale + x.shift
         s = excite(weighting, means)
         out.append(Assemble.apply(left, y, (s*x.scale).contiguous(), (s*x.shift).contiguous()))
     return out
