@@ -1,4 +1,5 @@
 """The experiment's Triton kernels against PyTorch: values and gradients, on a GPU or, with TRITON_INTERPRET=1, without one. Skipped where Triton is not installed."""
+import copy
 import os
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ if not torch.cuda.is_available(): os.environ.setdefault('TRITON_INTERPRET', '1')
 pytest.importorskip('triton')
 sys.path.insert(0, str(Path(__file__).parent.parent/'tools'))
 import kernels
-from captcha_hrnet.model import channel_shuffle
+from captcha_hrnet.model import CaptchaKeypointNet, LiteHRNet, channel_shuffle, create_lite_hrnet_18_fpn
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 
@@ -48,20 +49,28 @@ def test_depthwise(stride, up, affine, relu, shape):
     whole, weight = random(N, C + 1, H, W), random(C, 1, 3, 3)
     x = whole[:, 1:]
     scale, shift = (random(C), random(C)) if affine else (None, None)
-    gate = random(N, C + 1, H//up, W//up)[:, :C] if up else None
-    value = activated(x, scale, shift, relu)*(F.interpolate(gate, scale_factor=up) if up else 1)
+    gate, gate_scale, gate_shift = (random(N, C + 1, H//up, W//up)[:, :C], random(C), random(C)) if up else (None,)*3
+    value = activated(x, scale, shift, relu)*(F.interpolate(torch.sigmoid(activated(gate, gate_scale, gate_shift, False)), scale_factor=up) if up else 1)
     y = F.conv2d(value, weight, stride=stride, padding=1, groups=C)
-    mine, stats = kernels.Depthwise.apply(x, scale, shift, gate, weight, relu, stride)
-    assert_same((mine, stats.sum(-1)), (y, sums(y)), [x, scale, shift, gate, weight])
+    mine, stats = kernels.Depthwise.apply(x, scale, shift, gate, gate_scale, gate_shift, weight, relu, stride)
+    assert_same((mine, stats.sum(-1)), (y, sums(y)), [x, scale, shift, gate, gate_scale, gate_shift, weight])
 
 
-@pytest.mark.parametrize('inputs, outputs, affine, exact', [(5, 7, False, False), (20, 40, True, False), (16, 1, True, True)])
+@pytest.mark.parametrize('inputs, outputs, affine, exact', [(5, 7, False, False), (20, 40, True, False), (16, 1, True, True), (300, 37, False, False), (37, 300, True, False)])
 def test_pointwise(inputs, outputs, affine, exact):
     x, weight = random(2, inputs, 8, 12), random(outputs, inputs, 1, 1)
     scale, shift = (random(inputs), random(inputs)) if affine else (None, None)
     mine, parts = kernels.Pointwise.apply(x, scale, shift, weight, affine, exact)
     y = F.conv2d(activated(x, scale, shift, affine), weight)
     assert_same((mine, parts.sum(-1)), (y, sums(y).sum(-1)), [x, scale, shift, weight])
+
+
+@pytest.mark.parametrize('stride, height, width', [(2, 16, 24), (2, 7, 9), (1, 5, 8)])
+def test_dense(stride, height, width):
+    x, weight = random(3, 4, height, width).detach(), random(20, 4, 3, 3)
+    mine, stats = kernels.Dense.apply(x, weight, stride)
+    y = F.conv2d(x, weight, stride=stride, padding=1)
+    assert_same((mine, stats.sum(-1)), (y, sums(y).sum(-1)), [weight])
 
 
 def test_normalise():
@@ -81,6 +90,14 @@ def test_halves_pooled_and_dealt_out():
     assert_same(kernels.Assemble.apply(x[:, :3], y, a, b), channel_shuffle(torch.cat([x[:, :3], y*a[..., None, None] + b[..., None, None]], 1)), [x, y, a, b])
 
 
+def test_excite():
+    y, scale, shift, w1, b1, w2, b2 = random(3, 6, 4, 8), random(6), random(6), random(2, 6, 1, 1), random(2), random(6, 2, 1, 1), random(6)
+    means = y.mean((2, 3), keepdim=True)*scale[:, None, None] + shift[:, None, None]
+    s = torch.sigmoid(F.conv2d(F.relu(F.conv2d(means, w1, b1)), w2, b2)).flatten(1)
+    stats = torch.stack([y.sum(3).transpose(0, 1), (y*y).sum(3).transpose(0, 1)])   # a part for each row
+    assert_same(kernels.Excite.apply(stats, scale, shift, w1, b1, w2, b2, 32), (s*scale, s*shift), [y, scale, shift, w1, b1, w2, b2])
+
+
 def test_sums_of_maps():
     same, half, quarter, other = random(2, 3, 16, 16), random(2, 3, 8, 8), random(2, 3, 4, 4), random(2, 3, 16, 16)
     p = [random(3) for _ in range(6)]
@@ -95,3 +112,20 @@ def test_sums_of_maps():
 def test_blend(height, width):
     fine, coarse, share = random(2, 3, 2*height, 2*width), random(2, 3, height, width), random(2)
     assert_same(kernels.Blend.apply(fine, coarse, share), share[0]*fine + share[1]*F.interpolate(coarse, scale_factor=2, mode='bilinear'), [fine, coarse, share])
+
+
+def test_network():
+    "Outputs, gradients and running statistics of a training step, as close to float64's as PyTorch's own float32 comes."
+    narrow = CaptchaKeypointNet(LiteHRNet((1, 1, 1), (8, 8, 8, 8)), neck_channels=4, head_channels=2)   # Triton's interpreter is slow
+    exact = (create_lite_hrnet_18_fpn({}) if torch.cuda.is_available() else narrow).double().train().to(DEVICE)
+    torch.nn.init.normal_(exact.heads['offsets'].out.weight)
+    eager, mine = copy.deepcopy(exact).float(), copy.deepcopy(exact).float()
+    image, found = torch.rand(2, 4, 64, 64, device=DEVICE), []
+    for model, forward in (exact, exact), (eager, eager), (mine, lambda image: kernels.forward(mine, image, torch.float32)):
+        outputs = forward(image.to(next(model.parameters()).dtype))
+        torch.manual_seed(1)
+        sum((outputs[name]*torch.randn(outputs[name].shape).to(outputs[name])).sum() for name in model.heads).backward()
+        found.append({**outputs, **{f'gradient of {name}': p.grad for name, p in model.named_parameters()}, **dict(model.named_buffers())})
+    distance = lambda a, b: ((a.double() - b).norm()/(b.double().norm() + 1e-12)).item()
+    for name, value in found[0].items():
+        if value.is_floating_point(): assert distance(found[2][name], value) < 1e-5 + 10*distance(found[1][name], value), name

@@ -44,22 +44,20 @@ def _neighbour(x, STEP: tl.constexpr):
     return tl.where(inside, tl.gather(x, tl.broadcast_to(tl.where(inside, at, 0), x.shape), 1), 0.)
 
 @triton.jit
-def _bordered(x, K: tl.constexpr):
-    "K + 2 maps: the column before, the phases, the column after."
-    parts = _phases(x, K)
+def _bordered(parts, K: tl.constexpr):   # the column before, the K phases, the column after
     return (_neighbour(parts[K - 1], -1),) + parts + (_neighbour(parts[0], 1),)
 
 @triton.jit
 def _triple(pointer): return (tl.load(pointer), tl.load(pointer + 1), tl.load(pointer + 2))
 
 @triton.jit
-def _door(gate, n, r, N, H, W, gate_n, U: tl.constexpr, BM: tl.constexpr, BW: tl.constexpr):
-    "Row r of the gate, a map for each of a thread's 8 columns."
-    at = tl.arange(0, BW//U)[None, :]
-    narrow = _phases(tl.load(gate + n*gate_n + r//U*(W//U) + at, mask=(n < N) & (r >= 0) & (r < H) & (at < W//U), other=0.).to(tl.float32), 8//U)
-    wide = ()
-    for k in tl.static_range(8): wide = wide + (narrow[k//U],)
-    return wide
+def _door(gate, a, b, n, r, N, H, W, gate_n, U: tl.constexpr, BW: tl.constexpr):
+    "Row r of the gate: its 8/U maps for a thread's 8 columns, as they are and opened by affine and sigmoid."
+    q = tl.arange(0, BW//U)[None, :]
+    raw = _phases(tl.load(gate + n*gate_n + r//U*(W//U) + q, mask=(n < N) & (r >= 0) & (r < H) & (q < W//U), other=0.).to(tl.float32), 8//U)
+    opened = ()
+    for k in tl.static_range(8//U): opened = opened + (tl.sigmoid(raw[k]*a + b),)
+    return raw, opened
 
 @triton.jit
 def _row(x, n, r, N, H, W, x_n, BW: tl.constexpr):
@@ -68,19 +66,25 @@ def _row(x, n, r, N, H, W, x_n, BW: tl.constexpr):
     return tl.load(x + n*x_n + r*W + q, mask=inside, other=0.).to(tl.float32), inside
 
 @triton.jit
-def _input_row(x, a, b, gate, n, r, N, H, W, x_n, gate_n, BM: tl.constexpr, BW: tl.constexpr, U: tl.constexpr, AFFINE: tl.constexpr, RELU: tl.constexpr):
+def _input_row(x, a, b, gate, ga, gb, n, r, N, H, W, x_n, gate_n, BW: tl.constexpr, U: tl.constexpr, AFFINE: tl.constexpr, RELU: tl.constexpr):
     v, inside = _row(x, n, r, N, H, W, x_n, BW)
     if AFFINE or RELU: v = tl.where(inside, _activate(v, a, b, AFFINE, RELU), 0.)
-    if U: v = v*_whole(_door(gate, n, r, N, H, W, gate_n, U, BM, BW), 8)
+    v = _phases(v, 8)
+    if U:
+        door, gated = _door(gate, ga, gb, n, r, N, H, W, gate_n, U, BW)[1], ()
+        for k in tl.static_range(8): gated = gated + (v[k]*door[k//U],)
+        v = gated
     return _bordered(v, 8)
 
 @triton.jit
-def _depthwise_forward(x, scale, shift, gate, weight, out, stats, N, C, H, W, Ho, Wo, x_n, x_c, gate_n, rows,
+def _depthwise_forward(x, scale, shift, gate, gate_scale, gate_shift, weight, out, stats, N, C, H, W, Ho, Wo, x_n, x_c, gate_n, rows,
                        BM: tl.constexpr, BW: tl.constexpr, STRIDE: tl.constexpr, U: tl.constexpr, AFFINE: tl.constexpr, RELU: tl.constexpr):
     "A program walks down some rows of one channel of BM pictures; a thread holds 8 neighbouring columns, so every load and store is aligned."
     chunk, c, n = tl.program_id(0), tl.program_id(1), tl.program_id(2)*BM + tl.arange(0, BM)[:, None]
     a = tl.load(scale + c) if AFFINE else 1.
     b = tl.load(shift + c) if AFFINE else 0.
+    ga = tl.load(gate_scale + c) if U else 1.
+    gb = tl.load(gate_shift + c) if U else 0.
     w = (_triple(weight + c*9), _triple(weight + c*9 + 3), _triple(weight + c*9 + 6))
     x, out = x + c*x_c, out + c*Ho*Wo
     if U: gate = gate + c*(H//U)*(W//U)
@@ -88,11 +92,11 @@ def _depthwise_forward(x, scale, shift, gate, weight, out, stats, N, C, H, W, Ho
     q = tl.arange(0, BW//STRIDE)[None, :]
     s, ss = tl.zeros([BM, BW//8], tl.float32), tl.zeros([BM, BW//8], tl.float32)
     first = chunk*rows
-    above = _input_row(x, a, b, gate, n, first*STRIDE - 1, N, H, W, x_n, gate_n, BM, BW, U, AFFINE, RELU)
-    if STRIDE == 1: here = _input_row(x, a, b, gate, n, first, N, H, W, x_n, gate_n, BM, BW, U, AFFINE, RELU)
+    above = _input_row(x, a, b, gate, ga, gb, n, first*STRIDE - 1, N, H, W, x_n, gate_n, BW, U, AFFINE, RELU)
+    if STRIDE == 1: here = _input_row(x, a, b, gate, ga, gb, n, first, N, H, W, x_n, gate_n, BW, U, AFFINE, RELU)
     for r in range(first, tl.minimum(first + rows, Ho)):
-        if STRIDE == 2: here = _input_row(x, a, b, gate, n, 2*r, N, H, W, x_n, gate_n, BM, BW, U, AFFINE, RELU)
-        below = _input_row(x, a, b, gate, n, r*STRIDE + 1, N, H, W, x_n, gate_n, BM, BW, U, AFFINE, RELU)
+        if STRIDE == 2: here = _input_row(x, a, b, gate, ga, gb, n, 2*r, N, H, W, x_n, gate_n, BW, U, AFFINE, RELU)
+        below = _input_row(x, a, b, gate, ga, gb, n, r*STRIDE + 1, N, H, W, x_n, gate_n, BW, U, AFFINE, RELU)
         y, lines = (), (above, here, below)
         for k in tl.static_range(K):
             total = tl.zeros([BM, BW//8], tl.float32)
@@ -113,17 +117,19 @@ def _depthwise_forward(x, scale, shift, gate, weight, out, stats, N, C, H, W, Ho
 def _slope_row(g, y, gs, gss, n, r, N, H, W, y_n, BW: tl.constexpr, K: tl.constexpr):
     "Row r of the gradient of a convolution's output, its statistics' share included."
     d, inside = _row(g, n, r, N, H, W, y_n, BW)
-    return _bordered(tl.where(inside, d + gs + gss*_row(y, n, r, N, H, W, y_n, BW)[0], 0.), K)
+    return _bordered(_phases(tl.where(inside, d + gs + gss*_row(y, n, r, N, H, W, y_n, BW)[0], 0.), K), K)
 
 @triton.jit
-def _depthwise_backward(g, y, gstats, x, scale, shift, gate, weight, gx, ggate, sums, N, C, H, W, Ho, Wo, x_n, x_c, gate_n, rows, gstats_h, gstats_c, gstats_n,
+def _depthwise_backward(g, y, gstats, x, scale, shift, gate, gate_scale, gate_shift, weight, gx, ggate, sums, N, C, H, W, Ho, Wo, x_n, x_c, gate_n, rows, gstats_h, gstats_c, gstats_n,
                         BM: tl.constexpr, BW: tl.constexpr, STRIDE: tl.constexpr, U: tl.constexpr, AFFINE: tl.constexpr, RELU: tl.constexpr):
-    "As the forward: for every row of the output that a program passes, STRIDE rows of the input. `sums` [11 C, programs of a channel]: of weight, scale, shift."
+    "As the forward: for every row of the output that a program passes, STRIDE rows of the input. `sums`: a row for each gradient of weight, scale, shift, the gate's scale and shift."
     chunk, c, n = tl.program_id(0), tl.program_id(1), tl.program_id(2)*BM + tl.arange(0, BM)[:, None]
     a = tl.load(scale + c) if AFFINE else 1.
     b = tl.load(shift + c) if AFFINE else 0.
     gs = tl.load(gstats + c*gstats_c + n*gstats_n, mask=n < N, other=0.)
     gss = 2*tl.load(gstats + gstats_h + c*gstats_c + n*gstats_n, mask=n < N, other=0.)
+    ga = tl.load(gate_scale + c) if U else 1.
+    gb = tl.load(gate_shift + c) if U else 0.
     w = (_triple(weight + c*9), _triple(weight + c*9 + 3), _triple(weight + c*9 + 6))
     K: tl.constexpr = 8//STRIDE
     BWO: tl.constexpr = BW//STRIDE
@@ -132,7 +138,7 @@ def _depthwise_backward(g, y, gstats, x, scale, shift, gate, weight, gx, ggate, 
     x, gx, g, y, y_n = x + c*x_c, gx + c*H*W, g + c*Ho*Wo, y + c*Ho*Wo, C*Ho*Wo
     if U: gate, ggate = gate + c*(H//U)*(W//U), ggate + c*(H//U)*(W//U)
     zero = tl.zeros([BM, BW//8], tl.float32)
-    gw, gscale, gshift = (zero,)*9, zero, zero
+    gw, gscale, gshift, gate_gscale, gate_gshift = (zero,)*9, zero, zero, zero, zero
     blocks = (zero,)*(8//U if U else 1)
     first = chunk*rows
     here = _slope_row(g, y, gs, gss, n, first, N, Ho, Wo, y_n, BWO, K)
@@ -147,8 +153,8 @@ def _depthwise_backward(g, y, gstats, x, scale, shift, gate, weight, gx, ggate, 
             raw = _phases(raw, 8)
             gated = value
             if U:
-                door, gated = _door(gate, n, at, N, H, W, gate_n, U, BM, BW), ()
-                for k in tl.static_range(8): gated = gated + (value[k]*door[k],)
+                (closed, door), gated = _door(gate, ga, gb, n, at, N, H, W, gate_n, U, BW), ()
+                for k in tl.static_range(8): gated = gated + (value[k]*door[k//U],)
             taps = ()
             for ky in tl.static_range(3):
                 for kx in tl.static_range(3):
@@ -166,7 +172,7 @@ def _depthwise_backward(g, y, gstats, x, scale, shift, gate, weight, gx, ggate, 
                     block = tl.where(at % U == 0, 0., blocks[k//U]) if k % U == 0 else block
                     block += total*value[k]
                     if k % U == U - 1: summed = summed + (block,)
-                    total = total*door[k]
+                    total = total*door[k//U]
                 if AFFINE or RELU: total = tl.where(value[k] > 0 if RELU else (column + k < W) & (at < H), total, 0.)
                 if AFFINE:
                     gscale += total*raw[k]
@@ -175,14 +181,22 @@ def _depthwise_backward(g, y, gstats, x, scale, shift, gate, weight, gx, ggate, 
                 out = out + (total,)
             tl.store(gx + n*C*H*W + at*W + q, _whole(out, 8).to(gx.dtype.element_ty), mask=inside)
             if U:
-                blocks, narrow = summed, tl.arange(0, BW//U)[None, :]
-                tl.store(ggate + n*C*(H//U)*(W//U) + at//U*(W//U) + narrow, _whole(blocks, 8//U).to(ggate.dtype.element_ty), mask=(n < N) & (narrow < W//U) & (at % U == U - 1))
+                blocks, slopes, narrow, last = summed, (), tl.arange(0, BW//U)[None, :], at % U == U - 1
+                for k in tl.static_range(8//U):
+                    slope = tl.where(last, summed[k]*door[k]*(1 - door[k]), 0.)
+                    gate_gscale += slope*closed[k]
+                    gate_gshift += slope
+                    slopes = slopes + (slope*ga,)
+                tl.store(ggate + n*C*(H//U)*(W//U) + at//U*(W//U) + narrow, _whole(slopes, 8//U).to(ggate.dtype.element_ty), mask=(n < N) & (narrow < W//U) & last)
         above, here = here, below
     P, at = tl.num_programs(0)*tl.num_programs(2), tl.program_id(2)*tl.num_programs(0) + chunk
     for i in tl.static_range(9): tl.store(sums + (c*9 + i)*P + at, tl.sum(gw[i]))
     if AFFINE:
         tl.store(sums + (C*9 + c)*P + at, tl.sum(gscale))
         tl.store(sums + (C*10 + c)*P + at, tl.sum(gshift))
+    if U:
+        tl.store(sums + (C*(11 if AFFINE else 9) + c)*P + at, tl.sum(gate_gscale))
+        tl.store(sums + (C*(12 if AFFINE else 10) + c)*P + at, tl.sum(gate_gshift))
 
 @triton.jit
 def _pointwise_forward(x, scale, shift, weight, out, stats, Ci, Co, HW, x_n, tiles,
@@ -208,7 +222,7 @@ def _pointwise_forward(x, scale, shift, weight, out, stats, Ci, Co, HW, x_n, til
     tl.store(stats + (Co + o)*P + tile, tl.sum(y*y, 1), mask=o < Co)
 
 @triton.jit
-def _pointwise_backward(g, y, gstats, x, scale, shift, weight, gx, gsums, gweight, Ci, Co, HW, x_n, tiles, all_tiles,
+def _pointwise_backward(g, y, gstats, x, scale, shift, weight, gx, sums, Ci, Co, HW, x_n, tiles, all_tiles,
                         BCI: tl.constexpr, BCO: tl.constexpr, BP: tl.constexpr, AFFINE: tl.constexpr, RELU: tl.constexpr, EXACT: tl.constexpr):
     program, programs = tl.program_id(0), tl.num_programs(0)
     i, o = tl.arange(0, BCI), tl.arange(0, BCO)
@@ -236,10 +250,48 @@ def _pointwise_backward(g, y, gstats, x, scale, shift, weight, gx, gsums, gweigh
         if AFFINE:
             gscale += tl.sum(gv*raw, 1)
             gshift += tl.sum(gv, 1)
-    tl.store(gweight + (program*Co + o[:, None])*Ci + i[None, :], gw, mask=(o < Co)[:, None] & (i < Ci)[None, :])
+    sums = sums + program*(Co + (2 if AFFINE else 0))*Ci
+    tl.store(sums + o[:, None]*Ci + i[None, :], gw, mask=(o < Co)[:, None] & (i < Ci)[None, :])
     if AFFINE:
-        tl.store(gsums + i*programs + program, gscale, mask=i < Ci)
-        tl.store(gsums + (Ci + i)*programs + program, gshift, mask=i < Ci)
+        tl.store(sums + Co*Ci + i, gscale, mask=i < Ci)
+        tl.store(sums + (Co + 1)*Ci + i, gshift, mask=i < Ci)
+
+@triton.jit
+def _patches(x, n, p, t, Ci, H, W, Ho, Wo, STRIDE: tl.constexpr):
+    "What taps t of a dense 3×3 convolution see at pixels p of its output."
+    r, q = p//Wo*STRIDE + t % 9//3 - 1, p % Wo*STRIDE + t % 3 - 1
+    return tl.load(x + (n*Ci + t//9)*H*W + r*W + q, mask=(t < 9*Ci) & (p < Ho*Wo) & (r >= 0) & (r < H) & (q >= 0) & (q < W), other=0.)
+
+@triton.jit
+def _dense_forward(x, weight, out, stats, Ci, Co, H, W, Ho, Wo, tiles, all_tiles, STRIDE: tl.constexpr, BT: tl.constexpr, BCO: tl.constexpr, BP: tl.constexpr):
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    t, o, pixels = tl.arange(0, BT), tl.arange(0, BCO), tl.arange(0, BP)
+    w = tl.load(weight + o[:, None]*9*Ci + t[None, :], mask=(o < Co)[:, None] & (t < 9*Ci)[None, :], other=0.).to(x.dtype.element_ty)
+    s, ss = tl.zeros([BCO], tl.float32), tl.zeros([BCO], tl.float32)
+    for tile in range(program, all_tiles, programs):
+        n, p = tile // tiles, (tile % tiles)*BP + pixels[None, :]
+        y = tl.dot(w, _patches(x, n, p, t[:, None], Ci, H, W, Ho, Wo, STRIDE), input_precision='ieee').to(out.dtype.element_ty)
+        tl.store(out + (n*Co + o[:, None])*Ho*Wo + p, y, mask=(o < Co)[:, None] & (p < Ho*Wo))
+        y = y.to(tl.float32)
+        s += tl.sum(y, 1)
+        ss += tl.sum(y*y, 1)
+    tl.store(stats + o*programs + program, s, mask=o < Co)
+    tl.store(stats + (Co + o)*programs + program, ss, mask=o < Co)
+
+@triton.jit
+def _dense_backward(g, y, gstats, x, gweight, Ci, Co, H, W, Ho, Wo, tiles, all_tiles, STRIDE: tl.constexpr, BT: tl.constexpr, BCO: tl.constexpr, BP: tl.constexpr):
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    t, o, pixels = tl.arange(0, BT), tl.arange(0, BCO), tl.arange(0, BP)
+    gs = tl.load(gstats + o, mask=o < Co, other=0.)[:, None]
+    gss = 2*tl.load(gstats + Co + o, mask=o < Co, other=0.)[:, None]
+    gw = tl.zeros([BCO, BT], tl.float32)
+    for tile in range(program, all_tiles, programs):
+        n, p = tile // tiles, (tile % tiles)*BP + pixels[None, :]
+        at, here = (n*Co + o[:, None])*Ho*Wo + p, (o < Co)[:, None] & (p < Ho*Wo)
+        d = tl.load(g + at, mask=here, other=0.).to(tl.float32) + gs + gss*tl.load(y + at, mask=here, other=0.).to(tl.float32)
+        d = tl.where(here, d, 0.).to(x.dtype.element_ty)
+        gw += tl.dot(d, tl.trans(_patches(x, n, p, t[:, None], Ci, H, W, Ho, Wo, STRIDE)), input_precision='ieee')
+    tl.store(gweight + (program*Co + o[:, None])*9*Ci + t[None, :], gw, mask=(o < Co)[:, None] & (t < 9*Ci)[None, :])
 
 @triton.jit
 def _normalise_forward(stats, gamma, beta, mean_run, var_run, scale, shift, saved, C, P, count, momentum, eps, B: tl.constexpr):
@@ -422,6 +474,46 @@ def _blend_backward(g, fine, coarse, share, gfine, gcoarse, gshare, H, W, chunks
     tl.store(gshare + P + at, tl.sum(total*top))
 
 @triton.jit
+def _matrix(weight, R, C, BR: tl.constexpr, BC: tl.constexpr):
+    r, c = tl.arange(0, BR)[:, None], tl.arange(0, BC)[None, :]
+    return tl.load(weight + r*C + c, mask=(r < R) & (c < C), other=0.)
+
+@triton.jit
+def _excite_forward(stats, scale, shift, w1, b1, w2, b2, a, b, saved, N, C, R, parts, pixels, BC: tl.constexpr, BR: tl.constexpr, BP: tl.constexpr):
+    "One picture's spatial weighting, folded into the normalisation. `saved` [N, 3 C + R]: means as convolved, means, weights, hidden units."
+    n, c, r, p = tl.program_id(0), tl.arange(0, BC), tl.arange(0, BR), tl.arange(0, BP)[None, :]
+    here, saved = c < C, saved + n*(3*C + R)
+    mean = tl.sum(tl.load(stats + (c[:, None]*N + n)*parts + p, mask=here[:, None] & (p < parts), other=0.), 1)/pixels
+    scale, shift = tl.load(scale + c, mask=here, other=0.), tl.load(shift + c, mask=here, other=0.)
+    means = mean*scale + shift
+    hidden = tl.maximum(tl.sum(_matrix(w1, R, C, BR, BC)*means[None, :], 1) + tl.load(b1 + r, mask=r < R, other=0.), 0.)
+    weight = tl.sigmoid(tl.sum(_matrix(w2, C, R, BC, BR)*hidden[None, :], 1) + tl.load(b2 + c, mask=here, other=0.))
+    tl.store(a + n*C + c, weight*scale, mask=here)
+    tl.store(b + n*C + c, weight*shift, mask=here)
+    tl.store(saved + c, mean, mask=here)
+    tl.store(saved + C + c, means, mask=here)
+    tl.store(saved + 2*C + c, weight, mask=here)
+    tl.store(saved + 3*C + r, hidden, mask=r < R)
+
+@triton.jit
+def _excite_backward(ga, gb, scale, shift, w1, w2, saved, gstats, slopes, N, C, R, pixels, BC: tl.constexpr, BR: tl.constexpr):
+    "`slopes` [N, 3 C + R]: of scale, shift and the two layers' sums."
+    n, c, r = tl.program_id(0), tl.arange(0, BC), tl.arange(0, BR)
+    here, saved, slopes = c < C, saved + n*(3*C + R), slopes + n*(3*C + R)
+    scale, shift = tl.load(scale + c, mask=here, other=0.), tl.load(shift + c, mask=here, other=0.)
+    ga, gb = tl.load(ga + n*C + c, mask=here, other=0.), tl.load(gb + n*C + c, mask=here, other=0.)
+    mean, weight, hidden = tl.load(saved + c, mask=here, other=0.), tl.load(saved + 2*C + c, mask=here, other=0.), tl.load(saved + 3*C + r, mask=r < R, other=0.)
+    second = (ga*scale + gb*shift)*weight*(1 - weight)
+    first = tl.where(hidden > 0, tl.sum(_matrix(w2, C, R, BC, BR)*second[:, None], 0), 0.)
+    gmean = tl.sum(_matrix(w1, R, C, BR, BC)*first[:, None], 0)
+    tl.store(gstats + c*N + n, gmean*scale/pixels, mask=here)
+    tl.store(gstats + (C + c)*N + n, gmean*0., mask=here)
+    tl.store(slopes + c, ga*weight + gmean*mean, mask=here)
+    tl.store(slopes + C + c, gb*weight + gmean, mask=here)
+    tl.store(slopes + 2*C + c, second, mask=here)
+    tl.store(slopes + 3*C + r, first, mask=r < R)
+
+@triton.jit
 def _plane_sums(x, stats, C, HW, N, B: tl.constexpr):
     plane = tl.program_id(0)
     n, c = plane // C, plane % C
@@ -443,7 +535,7 @@ def _plane_sums_backward(g, x, gstats, out, C, HW, N, B: tl.constexpr):
     tl.store(out + plane*HW + p, v.to(out.dtype.element_ty), mask=p < HW)
 
 
-MOST, FORWARD_PIXELS, BACKWARD_PIXELS, PROGRAMS, SMS = 4096, 128, 64, 528, 132
+MOST, FORWARD_PIXELS, BACKWARD_PIXELS, SMS = 4096, 128, 64, 132
 
 def _tile(height, width, most):   # rows and columns of a tile that holds whole rows and blocks of 8 rows
     columns = triton.next_power_of_2(width)
@@ -460,7 +552,7 @@ def new(like, *shape, **kw): return torch.empty(shape, device=like.device, dtype
 class Depthwise(torch.autograd.Function):
     "The convolved map and the sums [2, C, N, parts] of its values and of their squares, which only ever add up over the parts."
     @staticmethod
-    def forward(ctx, x, scale, shift, gate, weight, relu, stride):
+    def forward(ctx, x, scale, shift, gate, gate_scale, gate_shift, weight, relu, stride):
         N, C, H, W = x.shape
         Ho, Wo, BW = (H - 1)//stride + 1, (W - 1)//stride + 1, max(16, triton.next_power_of_2(W))
         BM, rows = max(1, 1024//BW), 32   # pictures and rows of the output of a program: 128 threads of 8 columns; fewer rows where that makes too few programs
@@ -470,18 +562,19 @@ class Depthwise(torch.autograd.Function):
         stats = new(x, 2, C, N, grid[0], dtype=torch.float32)
         ctx.options = dict(BM=BM, BW=BW, STRIDE=stride, U=0 if gate is None else W//gate.shape[-1], AFFINE=scale is not None, RELU=relu)
         ctx.grid, ctx.sizes = grid, (N, C, H, W, Ho, Wo, x.stride(0), x.stride(1), 0 if gate is None else gate.stride(0), rows)
-        _depthwise_forward[grid](x, scale, shift, gate, weight, out, stats, *ctx.sizes, **ctx.options)
-        ctx.save_for_backward(x, scale, shift, gate, weight, out)
+        _depthwise_forward[grid](x, scale, shift, gate, gate_scale, gate_shift, weight, out, stats, *ctx.sizes, **ctx.options)
+        ctx.save_for_backward(x, scale, shift, gate, gate_scale, gate_shift, weight, out)
         return out, stats
 
     @staticmethod
     def backward(ctx, g, gstats):
-        x, scale, shift, gate, weight, out = ctx.saved_tensors
-        gx, ggate, C = new(x, *x.shape), None if gate is None else new(gate, *gate.shape), x.shape[1]
-        sums = new(x, C*(9 if scale is None else 11), ctx.grid[0]*ctx.grid[2], dtype=torch.float32)
-        _depthwise_backward[ctx.grid](g.contiguous(), out, gstats, x, scale, shift, gate, weight, gx, ggate, sums, *ctx.sizes, *gstats.stride()[:3], **ctx.options)
-        gweight, *affine = sums.sum(-1).split([9*C, C, C][:1 if scale is None else 3])
-        return gx, *(affine or (None, None)), ggate, gweight.view(weight.shape), None, None
+        x, *affine, weight, out = ctx.saved_tensors   # affine: scale, shift, gate, gate_scale, gate_shift
+        gx, ggate, C = new(x, *x.shape), None if affine[2] is None else new(x, *affine[2].shape), x.shape[1]
+        rows = [9*C] + [0 if t is None else C for t in (affine[0], affine[1], affine[3], affine[4])]
+        sums = new(x, sum(rows), ctx.grid[0]*ctx.grid[2], dtype=torch.float32)
+        _depthwise_backward[ctx.grid](g.contiguous(), out, gstats, x, *affine, weight, gx, ggate, sums, *ctx.sizes, *gstats.stride()[:3], **ctx.options)
+        gweight, *slopes = [t if len(t) else None for t in sums.sum(-1).split(rows)]
+        return gx, *slopes[:2], ggate, *slopes[2:], gweight.view(weight.shape), None, None
 
 
 def _padded(channels): return max(16, triton.next_power_of_2(channels))
@@ -491,14 +584,15 @@ class Pointwise(torch.autograd.Function):
     def forward(ctx, x, scale, shift, weight, relu, exact):
         (N, Ci, H, W), Co = x.shape, weight.shape[0]
         BCI, BCO = _padded(Ci), _padded(Co)
-        BP = 64 if BCI*BCO >= 128*128 else FORWARD_PIXELS
+        BP = 32 if BCI == 512 else 64 if BCI*BCO >= 128*128 else FORWARD_PIXELS
         tiles = triton.cdiv(H*W, BP)
         out, stats = new(x, N, Co, H, W, dtype=torch.float32 if exact else x.dtype), new(x, 2, Co, N*tiles, dtype=torch.float32)
         options = dict(BCI=BCI, AFFINE=scale is not None, RELU=relu, EXACT=exact or x.dtype == torch.float32)
         BC = min(BCO, 64)
-        _pointwise_forward[(N*tiles, triton.cdiv(Co, BC))](x, scale, shift, weight, out, stats, Ci, Co, H*W, x.stride(0), tiles, BCO=BC, BP=BP, num_warps=4, **options)
+        _pointwise_forward[(N*tiles, triton.cdiv(Co, BC))](x, scale, shift, weight, out, stats, Ci, Co, H*W, x.stride(0), tiles, BCO=BC, BP=BP, num_warps=8 if BCI == 512 else 4, **options)
         ctx.save_for_backward(x, scale, shift, weight, out)
-        ctx.options = options | dict(BCO=BCO, BP=32 if options['EXACT'] else BACKWARD_PIXELS, num_warps=8 if BCI*BCO > 64*64 else 4, num_stages=1 if options['EXACT'] else 2)
+        wide, size = options['EXACT'] or BCI*BCO >= 256*128, BCI*BCO
+        ctx.options = options | dict(BCO=BCO, BP=32 if wide else BACKWARD_PIXELS, num_warps=4 if size <= 64*64 else 8 if size < 256*128 else 16, num_stages=1 if wide else 2)
         return out, stats
 
     @staticmethod
@@ -506,12 +600,33 @@ class Pointwise(torch.autograd.Function):
         x, scale, shift, weight, out = ctx.saved_tensors
         (N, Ci, H, W), Co = x.shape, weight.shape[0]
         tiles = triton.cdiv(H*W, ctx.options['BP'])
-        programs = min(N*tiles, PROGRAMS)
-        gx, gweight = new(x, N, Ci, H, W), new(x, programs, *weight.shape[:2], dtype=torch.float32)
-        gsums = None if scale is None else new(x, 2, Ci, programs, dtype=torch.float32)
-        _pointwise_backward[(programs,)](g.contiguous(), out, gstats[..., 0].contiguous(), x, scale, shift, weight, gx, gsums, gweight, Ci, Co, H*W, x.stride(0), tiles, N*tiles, **ctx.options)
-        gscale, gshift = gsums.sum(-1) if gsums is not None else (None, None)
-        return gx, gscale, gshift, gweight.sum(0).view(weight.shape), None, None
+        programs = min(N*tiles, SMS*(4 if ctx.options['num_warps'] == 4 else 1))   # as many as run at once: each leaves a whole gradient of the weight
+        gx, sums = new(x, N, Ci, H, W), new(x, programs, Co if scale is None else Co + 2, Ci, dtype=torch.float32)   # of weight, scale, shift
+        _pointwise_backward[(programs,)](g.contiguous(), out, gstats[..., 0].contiguous(), x, scale, shift, weight, gx, sums, Ci, Co, H*W, x.stride(0), tiles, N*tiles, **ctx.options)
+        gweight, *affine = sums.sum(0).split([Co] + [1]*(sums.shape[1] - Co))
+        return gx, *([t[0] for t in affine] or (None, None)), gweight.view(weight.shape), None, None
+
+
+class Dense(torch.autograd.Function):
+    "The 3×3 convolution of a picture that needs no gradient, and the sums of its output."
+    @staticmethod
+    def forward(ctx, x, weight, stride):
+        (N, Ci, H, W), Co = x.shape, weight.shape[0]
+        Ho, Wo, BP = (H - 1)//stride + 1, (W - 1)//stride + 1, 64
+        tiles = triton.cdiv(Ho*Wo, BP)
+        ctx.programs, ctx.sizes = min(N*tiles, 8*SMS), (Ci, Co, H, W, Ho, Wo, tiles, N*tiles)
+        ctx.options = dict(STRIDE=stride, BT=_padded(9*Ci), BCO=_padded(Co), BP=BP)
+        out, stats = new(x, N, Co, Ho, Wo), new(x, 2, Co, ctx.programs, dtype=torch.float32)
+        _dense_forward[(ctx.programs,)](x, weight, out, stats, *ctx.sizes, **ctx.options)
+        ctx.save_for_backward(x, weight, out)
+        return out, stats
+
+    @staticmethod
+    def backward(ctx, g, gstats):
+        x, weight, out = ctx.saved_tensors
+        gweight = new(weight, ctx.programs, *weight.shape)
+        _dense_backward[(ctx.programs,)](g.contiguous(), out, gstats[..., 0].contiguous(), x, gweight, *ctx.sizes, **ctx.options)
+        return None, gweight.sum(0), None
 
 
 class Normalise(torch.autograd.Function):
@@ -520,7 +635,7 @@ class Normalise(torch.autograd.Function):
         C, P = gamma.numel(), stats[0, 0].numel()
         scale, shift, saved = new(gamma, C), new(gamma, C), new(gamma, 2, C)
         _normalise_forward[(C,)](stats, gamma, beta, bn.running_mean, bn.running_var, scale, shift, saved, C, P, float(count), bn.momentum, bn.eps,
-                                 B=min(1024, triton.next_power_of_2(P)))
+                                 B=min(4096, triton.next_power_of_2(P)))
         ctx.save_for_backward(gamma, saved)
         ctx.count, ctx.shape = count, stats.shape
         return scale, shift
@@ -531,7 +646,31 @@ class Normalise(torch.autograd.Function):
         C = gamma.numel()
         gstats, ggamma, gbeta = new(gamma, 2, C), new(gamma, C), new(gamma, C)
         _normalise_backward[(1,)](gscale.contiguous(), gshift.contiguous(), gamma, saved, gstats, ggamma, gbeta, C, float(ctx.count), B=triton.next_power_of_2(C))
-        return gstats[:, :, None].expand(ctx.shape), ggamma, gbeta, None, None
+        return gstats.view(2, C, *[1]*(len(ctx.shape) - 2)).expand(ctx.shape), ggamma, gbeta, None, None
+
+
+class Excite(torch.autograd.Function):
+    "Scale and shift [N, C] of normalisation and spatial weighting in one, from a depthwise convolution's statistics."
+    @staticmethod
+    def forward(ctx, stats, scale, shift, w1, b1, w2, b2, pixels):
+        (_, C, N, parts), R = stats.shape, w1.shape[0]
+        a, b, saved, padded = new(scale, N, C), new(scale, N, C), new(scale, N, 3*C + R), dict(BC=triton.next_power_of_2(C), BR=triton.next_power_of_2(R))
+        _excite_forward[(N,)](stats, scale, shift, w1, b1, w2, b2, a, b, saved, N, C, R, parts, pixels, BP=triton.next_power_of_2(parts), **padded)
+        ctx.save_for_backward(scale, shift, w1, w2, saved)
+        ctx.options = stats.shape, pixels, padded
+        return a, b
+
+    @staticmethod
+    def backward(ctx, ga, gb):
+        scale, shift, w1, w2, saved = ctx.saved_tensors
+        shape, pixels, padded = ctx.options
+        (_, C, N, _), R = shape, w1.shape[0]
+        gstats, slopes = new(scale, 2, C, N, 1), new(scale, N, 3*C + R)
+        _excite_backward[(N,)](ga.contiguous(), gb.contiguous(), scale, shift, w1, w2, saved, gstats, slopes, N, C, R, pixels, **padded)
+        gscale, gshift, gb2, gb1 = slopes.sum(0).split([C, C, C, R])
+        _, means, _, hidden = saved.split([C, C, C, R], 1)
+        second, first = slopes[:, 2*C:].split([C, R], 1)
+        return gstats.expand(shape), gscale, gshift, (first.t() @ means).view(w1.shape), gb1, (second.t() @ hidden).view(w2.shape), gb2, None
 
 
 class Sums(torch.autograd.Function):
@@ -668,7 +807,7 @@ class Blend(torch.autograd.Function):
 
 
 # ---- the network
-BIG = 128
+BIG = 65536   # bytes of the largest 1×1 convolution's weight, padded, that the kernels take
 
 def ready(x: Pending) -> Tensor:
     "The map itself."
@@ -677,9 +816,10 @@ def ready(x: Pending) -> Tensor:
 
 def convolve(x: Pending, conv: nn.Conv2d) -> Pending:
     weight = conv.weight
-    if conv.groups > 1: return _with_stats(Depthwise.apply(x.raw, x.scale, x.shift, None, weight, x.relu, conv.stride[0]))
-    if conv.kernel_size == (1, 1) and max(weight.shape[:2]) <= BIG:
+    if conv.groups > 1: return _with_stats(Depthwise.apply(x.raw, x.scale, x.shift, None, None, None, weight, x.relu, conv.stride[0]))
+    if conv.kernel_size == (1, 1) and _padded(weight.shape[0])*_padded(weight.shape[1])*x.raw.element_size() <= BIG:
         return _with_stats(Pointwise.apply(x.raw, x.scale, x.shift, weight, x.relu, False))
+    if conv.kernel_size == (3, 3) and x.scale is None and not x.raw.requires_grad: return _with_stats(Dense.apply(x.raw, weight, conv.stride[0]))
     return _with_stats(Sums.apply(F.conv2d(ready(x), weight.to(x.raw.dtype), stride=conv.stride, padding=conv.padding)))
 
 def _with_stats(pair): return Pending(pair[0], stats=pair[1])
@@ -709,23 +849,18 @@ def run(module, x) -> Pending:
         else: assert isinstance(layer, nn.Identity), layer
     return x
 
-def excite(weighting, means):   # [N, C] means of the normalised map
-    c1, c2 = weighting.conv1.conv, weighting.conv2.conv
-    return torch.sigmoid(F.linear(F.relu(F.linear(means, c1.weight.flatten(1), c1.bias)), c2.weight.flatten(1), c2.bias))
-
 def weigh(block, maps):
     "A conditional-channel-weighting block."
     n, cross = len(maps), block.cross_resolution_weighting
     *halves, pooled = Entry.apply(*maps)
-    with torch.autocast(pooled.device.type, pooled.dtype, enabled=pooled.dtype != torch.float32, cache_enabled=False):
-        gates = cross.conv2(cross.conv1(pooled)).to(pooled.dtype).split(cross.channels, 1)
+    gates = normalise(convolve(run(cross.conv1, pooled), cross.conv2.conv), cross.conv2.bn)
+    gates = zip(*[t.split(cross.channels, axis) for t, axis in ((gates.raw, 1), (gates.scale, 0), (gates.shift, 0))])
     out = []
     for left, right, gate, depthwise, weighting in zip(halves[:n], halves[n:], gates, block.depthwise_convs, block.spatial_weighting):
-        y, stats = Depthwise.apply(right, None, None, gate, depthwise.conv.weight, False, 1)
+        y, stats = Depthwise.apply(right, None, None, *gate, depthwise.conv.weight, False, 1)
         x = normalise(Pending(y, stats=stats), depthwise.bn)
-        means = stats[0].sum(-1).t()/(y.shape[2]*y.shape[3])*x.scale + x.shift
-        s = excite(weighting, means)
-        out.append(Assemble.apply(left, y, (s*x.scale).contiguous(), (s*x.shift).contiguous()))
+        layers = [p for layer in (weighting.conv1.conv, weighting.conv2.conv) for p in (layer.weight, layer.bias)]
+        out.append(Assemble.apply(left, y, *Excite.apply(stats, x.scale, x.shift, *layers, y.shape[2]*y.shape[3])))
     return out
 
 def fuse(module, maps):
