@@ -41,9 +41,10 @@ def assert_same(mine, theirs, inputs):
 
 
 @pytest.mark.parametrize('stride, up, affine, relu, shape', [
-    (1, 0, False, False, (2, 3, 8, 16)), (1, 0, True, True, (9, 2, 18, 128)), (1, 0, True, False, (3, 2, 5, 24)), (1, 0, True, True, (2, 2, 1, 2)),   # 8 pictures of width 128 a tile, 8 rows a walk
-    (1, 1, False, False, (65, 2, 8, 16)), (1, 2, False, False, (2, 3, 16, 32)), (1, 4, False, False, (17, 1, 32, 64)), (1, 8, False, False, (2, 3, 24, 128)), (1, 8, False, False, (2, 1, 8, 8)),
-    (2, 0, True, True, (5, 2, 20, 256)), (2, 0, True, True, (2, 3, 34, 64)), (2, 0, False, False, (3, 2, 8, 16)), (2, 0, True, False, (2, 2, 7, 13)), (2, 2, True, True, (2, 2, 36, 32))])
+    (1, 0, False, False, (2, 3, 8, 16)), (1, 0, True, True, (9, 2, 18, 128)), (1, 0, True, False, (3, 2, 5, 24)), (1, 0, True, True, (2, 2, 1, 2)),
+    (1, 1, False, False, (65, 2, 8, 16)), (1, 2, False, False, (2, 3, 16, 32)), (1, 4, False, False, (17, 1, 32, 64)), (1, 8, False, False, (2, 3, 24, 128)),
+    (1, 8, False, False, (2, 1, 8, 8)), (2, 0, True, True, (5, 2, 20, 256)), (2, 0, True, True, (2, 3, 34, 64)), (2, 0, False, False, (3, 2, 8, 16)),
+    (2, 0, True, False, (2, 2, 7, 13)), (2, 2, True, True, (2, 2, 36, 32))])   # a program takes 1024/width pictures, at least 8 rows
 def test_depthwise(stride, up, affine, relu, shape):
     N, C, H, W = shape
     whole, weight = random(N, C + 1, H, W), random(C, 1, 3, 3)
@@ -126,6 +127,7 @@ def test_network():
         torch.manual_seed(1)
         sum((outputs[name]*torch.randn(outputs[name].shape).to(outputs[name])).sum() for name in model.heads).backward()
         found.append({**outputs, **{f'gradient of {name}': p.grad for name, p in model.named_parameters()}, **dict(model.named_buffers())})
-    distance = lambda a, b: ((a.double() - b).norm()/(b.double().norm() + 1e-12)).item()
-    for name, value in found[0].items():
-        if value.is_floating_point(): assert distance(found[2][name], value) < 1e-5 + 10*distance(found[1][name], value), name
+    distance = lambda a, b: ((a.double() - b).norm()/(b.double().norm() + 1e-3)).item()   # a shift before a normalisation has no gradient but noise
+    values = {name: value for name, value in found[0].items() if value.is_floating_point()}
+    errors = {name: (distance(found[2][name], value), distance(found[1][name], value)) for name, value in values.items()}
+    assert not {name: pair for name, pair in errors.items() if pair[0] > 1e-4 + 10*pair[1]}

@@ -1,7 +1,7 @@
 """An experiment, not used by the library: the exact Lite-HRNet-18 + LiteFPN in Triton kernels (NCHW, training mode), `forward(model, image)` in place of `model(image)`.
 
-Normalisation is carried along (`Pending`) and applied by whatever reads a map; convolutions sum their statistics on the way. Seen on one H100, torch 2.11, whole step in two CUDA
-graphs, batch 128, bf16: 1,043 to 1,129 img/s. Of 122 ms the depthwise kernels take 67: their shifted loads of two bytes are not aligned."""
+Normalisation is carried along (`Pending`) and applied by whatever reads a map; convolutions sum their statistics on the way. Of a step at batch 128, 4x256x512, bf16, the kernels read
+and write some 70 GB: 27 ms at 2.6 TB/s. Seen on one H100 with depthwise kernels that loaded each tap's two bytes by themselves (67 of 122 ms): 1,043 to 1,129 img/s."""
 import torch, triton
 import triton.language as tl
 from torch import Tensor, nn
@@ -20,44 +20,34 @@ def _block_sum(x, U: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr):   # [BH,
     return tl.sum(tl.sum(tl.reshape(x, [BH//U, U, BW//U, U]), 3), 1)
 
 @triton.jit
-def _phases(x, K: tl.constexpr):
-    "[M, S*K] -> K maps [M, S]: columns K·j, K·j + 1, … A thread that loads K columns at once keeps them all."
-    if K == 1: return (x,)
+def _halves(x): return tl.split(tl.reshape(x, [x.shape[0], x.shape[1]//2, 2]))   # even and odd columns: no data moves where a thread holds both
+
+@triton.jit
+def _dealt(even, odd): return tl.reshape(tl.join(even, odd), [even.shape[0], 2*even.shape[1]])
+
+@triton.jit
+def _beside(x, STEP: tl.constexpr, K: tl.constexpr):
+    "Each column's left (-1) or right (1) neighbour, zero beyond the border; of a thread's K columns only one comes from another thread."
+    if K > 1:
+        even, odd = _halves(x)
+        return _dealt(_beside(odd, STEP, K//2), even) if STEP < 0 else _dealt(odd, _beside(even, STEP, K//2))
     else:
-        even, odd = tl.split(tl.reshape(x, [x.shape[0], x.shape[1]//2, 2]))
-        even, odd, parts = _phases(even, K//2), _phases(odd, K//2), ()
-        for k in tl.static_range(K//2): parts = parts + (even[k], odd[k])
-        return parts
+        at = tl.arange(0, x.shape[1])[None, :] + STEP
+        inside = (at >= 0) & (at < x.shape[1])
+        return tl.where(inside, tl.gather(x, tl.broadcast_to(tl.where(inside, at, 0), x.shape), 1), 0.)
 
 @triton.jit
-def _whole(parts, K: tl.constexpr):   # undoes _phases
-    if K == 1: return parts[0]
-    else:
-        even, odd = _whole(parts[0::2], K//2), _whole(parts[1::2], K//2)
-        return tl.reshape(tl.join(even, odd), [even.shape[0], 2*even.shape[1]])
+def _folded(x, K: tl.constexpr):   # sums of K columns
+    if K > 1:
+        even, odd = _halves(x)
+        return _folded(even + odd, K//2)
+    else: return x
 
 @triton.jit
-def _neighbour(x, STEP: tl.constexpr):
-    "Each column's left (-1) or right (1) neighbour, zero beyond the border."
-    at = tl.arange(0, x.shape[1])[None, :] + STEP
-    inside = (at >= 0) & (at < x.shape[1])
-    return tl.where(inside, tl.gather(x, tl.broadcast_to(tl.where(inside, at, 0), x.shape), 1), 0.)
-
-@triton.jit
-def _bordered(parts, K: tl.constexpr):   # the column before, the K phases, the column after
-    return (_neighbour(parts[K - 1], -1),) + parts + (_neighbour(parts[0], 1),)
+def _spread(x, K: tl.constexpr): return _spread(_dealt(x, x), K//2) if K > 1 else x   # each column K times
 
 @triton.jit
 def _triple(pointer): return (tl.load(pointer), tl.load(pointer + 1), tl.load(pointer + 2))
-
-@triton.jit
-def _door(gate, a, b, n, r, N, H, W, gate_n, U: tl.constexpr, BW: tl.constexpr):
-    "Row r of the gate: its 8/U maps for a thread's 8 columns, as they are and opened by affine and sigmoid."
-    q = tl.arange(0, BW//U)[None, :]
-    raw = _phases(tl.load(gate + n*gate_n + r//U*(W//U) + q, mask=(n < N) & (r >= 0) & (r < H) & (q < W//U), other=0.).to(tl.float32), 8//U)
-    opened = ()
-    for k in tl.static_range(8//U): opened = opened + (tl.sigmoid(raw[k]*a + b),)
-    return raw, opened
 
 @triton.jit
 def _row(x, n, r, N, H, W, x_n, BW: tl.constexpr):
@@ -66,15 +56,15 @@ def _row(x, n, r, N, H, W, x_n, BW: tl.constexpr):
     return tl.load(x + n*x_n + r*W + q, mask=inside, other=0.).to(tl.float32), inside
 
 @triton.jit
-def _input_row(x, a, b, gate, ga, gb, n, r, N, H, W, x_n, gate_n, BW: tl.constexpr, U: tl.constexpr, AFFINE: tl.constexpr, RELU: tl.constexpr):
+def _seen_row(x, a, b, gate, ga, gb, n, r, N, H, W, x_n, gate_n, BW: tl.constexpr, STRIDE: tl.constexpr, U: tl.constexpr, AFFINE: tl.constexpr, RELU: tl.constexpr):
+    "Row r of the input as a kernel's left, middle and right column see it."
     v, inside = _row(x, n, r, N, H, W, x_n, BW)
     if AFFINE or RELU: v = tl.where(inside, _activate(v, a, b, AFFINE, RELU), 0.)
-    v = _phases(v, 8)
-    if U:
-        door, gated = _door(gate, ga, gb, n, r, N, H, W, gate_n, U, BW)[1], ()
-        for k in tl.static_range(8): gated = gated + (v[k]*door[k//U],)
-        v = gated
-    return _bordered(v, 8)
+    if U: v = v*_spread(tl.sigmoid(_row(gate, n, r//U, N, H//U, W//U, gate_n, BW//U)[0]*ga + gb), U)
+    if STRIDE == 1: return _beside(v, -1, 8), v, _beside(v, 1, 8)
+    else:
+        even, odd = _halves(v)
+        return _beside(odd, -1, 4), even, odd
 
 @triton.jit
 def _depthwise_forward(x, scale, shift, gate, gate_scale, gate_shift, weight, out, stats, N, C, H, W, Ho, Wo, x_n, x_c, gate_n, rows,
@@ -92,102 +82,98 @@ def _depthwise_forward(x, scale, shift, gate, gate_scale, gate_shift, weight, ou
     q = tl.arange(0, BW//STRIDE)[None, :]
     s, ss = tl.zeros([BM, BW//8], tl.float32), tl.zeros([BM, BW//8], tl.float32)
     first = chunk*rows
-    above = _input_row(x, a, b, gate, ga, gb, n, first*STRIDE - 1, N, H, W, x_n, gate_n, BW, U, AFFINE, RELU)
-    if STRIDE == 1: here = _input_row(x, a, b, gate, ga, gb, n, first, N, H, W, x_n, gate_n, BW, U, AFFINE, RELU)
+    above = _seen_row(x, a, b, gate, ga, gb, n, first*STRIDE - 1, N, H, W, x_n, gate_n, BW, STRIDE, U, AFFINE, RELU)
+    here = _seen_row(x, a, b, gate, ga, gb, n, first*STRIDE, N, H, W, x_n, gate_n, BW, STRIDE, U, AFFINE, RELU)
     for r in range(first, tl.minimum(first + rows, Ho)):
-        if STRIDE == 2: here = _input_row(x, a, b, gate, ga, gb, n, 2*r, N, H, W, x_n, gate_n, BW, U, AFFINE, RELU)
-        below = _input_row(x, a, b, gate, ga, gb, n, r*STRIDE + 1, N, H, W, x_n, gate_n, BW, U, AFFINE, RELU)
-        y, lines = (), (above, here, below)
-        for k in tl.static_range(K):
-            total = tl.zeros([BM, BW//8], tl.float32)
-            for ky in tl.static_range(3):
-                for kx in tl.static_range(3): total += lines[ky][k*STRIDE + kx]*w[ky][kx]
-            y = y + (total.to(out.dtype.element_ty),)
-            total = tl.where(K*tl.arange(0, BW//8)[None, :] + k < Wo, y[k].to(tl.float32), 0.)
-            s += total
-            ss += total*total
-        tl.store(out + n*C*Ho*Wo + r*Wo + q, _whole(y, K), mask=(n < N) & (q < Wo))
+        below = _seen_row(x, a, b, gate, ga, gb, n, r*STRIDE + 1, N, H, W, x_n, gate_n, BW, STRIDE, U, AFFINE, RELU)
+        y = tl.zeros([BM, BW//STRIDE], tl.float32)
+        for kx in tl.static_range(3): y += above[kx]*w[0][kx] + here[kx]*w[1][kx] + below[kx]*w[2][kx]
+        y = y.to(out.dtype.element_ty)
+        tl.store(out + n*C*Ho*Wo + r*Wo + q, y, mask=(n < N) & (q < Wo))
+        y = tl.where(q < Wo, y.to(tl.float32), 0.)
+        s += _folded(y, K)
+        ss += _folded(y*y, K)
         if STRIDE == 1: above, here = here, below
-        else: above = below
+        else: above, here = below, _seen_row(x, a, b, gate, ga, gb, n, 2*r + 2, N, H, W, x_n, gate_n, BW, STRIDE, U, AFFINE, RELU)
     P, at = N*tl.num_programs(0), n*tl.num_programs(0) + chunk
     tl.store(stats + c*P + at, tl.sum(s, 1, keep_dims=True), mask=n < N)
     tl.store(stats + (C + c)*P + at, tl.sum(ss, 1, keep_dims=True), mask=n < N)
 
 @triton.jit
-def _slope_row(g, y, gs, gss, n, r, N, H, W, y_n, BW: tl.constexpr, K: tl.constexpr):
-    "Row r of the gradient of a convolution's output, its statistics' share included."
+def _slope_row(g, y, gs, gss, n, r, N, H, W, y_n, BW: tl.constexpr, STRIDE: tl.constexpr):
+    "Row r of the gradient of a convolution's output, its statistics' share included, as the input's columns see it through a kernel's left, middle and right column."
     d, inside = _row(g, n, r, N, H, W, y_n, BW)
-    return _bordered(_phases(tl.where(inside, d + gs + gss*_row(y, n, r, N, H, W, y_n, BW)[0], 0.), K), K)
+    d = tl.where(inside, d + gs + gss*_row(y, n, r, N, H, W, y_n, BW)[0], 0.)
+    right = _beside(d, 1, 8//STRIDE)
+    if STRIDE == 1: return right, d, _beside(d, -1, 8)
+    else: return right, d, d
 
 @triton.jit
-def _depthwise_backward(g, y, gstats, x, scale, shift, gate, gate_scale, gate_shift, weight, gx, ggate, sums, N, C, H, W, Ho, Wo, x_n, x_c, gate_n, rows, gstats_h, gstats_c, gstats_n,
+def _depthwise_backward(g, y, gstats, x, scale, shift, gate, gate_scale, gate_shift, weight, gx, ggate, sums,
+                        N, C, H, W, Ho, Wo, x_n, x_c, gate_n, rows, gstats_h, gstats_c, gstats_n,
                         BM: tl.constexpr, BW: tl.constexpr, STRIDE: tl.constexpr, U: tl.constexpr, AFFINE: tl.constexpr, RELU: tl.constexpr):
-    "As the forward: for every row of the output that a program passes, STRIDE rows of the input. `sums`: a row for each gradient of weight, scale, shift, the gate's scale and shift."
+    "As the forward; an output's row stands for STRIDE rows of the input. `sums`: a row for each gradient of weight, scale, shift, the gate's scale and shift."
     chunk, c, n = tl.program_id(0), tl.program_id(1), tl.program_id(2)*BM + tl.arange(0, BM)[:, None]
     a = tl.load(scale + c) if AFFINE else 1.
     b = tl.load(shift + c) if AFFINE else 0.
     gs = tl.load(gstats + c*gstats_c + n*gstats_n, mask=n < N, other=0.)
     gss = 2*tl.load(gstats + gstats_h + c*gstats_c + n*gstats_n, mask=n < N, other=0.)
-    ga = tl.load(gate_scale + c) if U else 1.
-    gb = tl.load(gate_shift + c) if U else 0.
     w = (_triple(weight + c*9), _triple(weight + c*9 + 3), _triple(weight + c*9 + 6))
-    K: tl.constexpr = 8//STRIDE
-    BWO: tl.constexpr = BW//STRIDE
     q = tl.arange(0, BW)[None, :]
-    column = 8*tl.arange(0, BW//8)[None, :]
     x, gx, g, y, y_n = x + c*x_c, gx + c*H*W, g + c*Ho*Wo, y + c*Ho*Wo, C*Ho*Wo
-    if U: gate, ggate = gate + c*(H//U)*(W//U), ggate + c*(H//U)*(W//U)
     zero = tl.zeros([BM, BW//8], tl.float32)
-    gw, gscale, gshift, gate_gscale, gate_gshift = (zero,)*9, zero, zero, zero, zero
-    blocks = (zero,)*(8//U if U else 1)
+    gw, gscale, gshift = (zero,)*9, zero, zero
+    if U:
+        ga, gb, narrow = tl.load(gate_scale + c), tl.load(gate_shift + c), tl.arange(0, BW//U)[None, :]
+        gate, ggate = gate + c*(H//U)*(W//U), ggate + c*(H//U)*(W//U)
+        blocks = tl.zeros([BM, BW//U], tl.float32)
+        gate_gscale, gate_gshift = zero, zero
     first = chunk*rows
-    here = _slope_row(g, y, gs, gss, n, first, N, Ho, Wo, y_n, BWO, K)
-    above = _slope_row(g, y, gs, gss, n, first - 1, N, Ho, Wo, y_n, BWO, K) if STRIDE == 1 else here
+    here = _slope_row(g, y, gs, gss, n, first, N, Ho, Wo, y_n, BW//STRIDE, STRIDE)
+    above = _slope_row(g, y, gs, gss, n, first - 1, N, Ho, Wo, y_n, BW//STRIDE, STRIDE) if STRIDE == 1 else here
     for r in range(first, tl.minimum(first + rows, Ho)):
-        below = _slope_row(g, y, gs, gss, n, r + 1, N, Ho, Wo, y_n, BWO, K)
+        below = _slope_row(g, y, gs, gss, n, r + 1, N, Ho, Wo, y_n, BW//STRIDE, STRIDE)
         lines = (above, here, below)
+        inputs = (_row(x, n, r*STRIDE, N, H, W, x_n, BW),) + ((_row(x, n, r*STRIDE + 1, N, H, W, x_n, BW),) if STRIDE == 2 else ())
         for s in tl.static_range(STRIDE):
             at = r*STRIDE + s
-            raw, inside = _row(x, n, at, N, H, W, x_n, BW)
-            value = _phases(tl.where(inside, _activate(raw, a, b, AFFINE, RELU), 0.), 8)
-            raw = _phases(raw, 8)
+            raw, inside = inputs[s]
+            value = tl.where(inside, _activate(raw, a, b, AFFINE, RELU), 0.)
             gated = value
             if U:
-                (closed, door), gated = _door(gate, ga, gb, n, at, N, H, W, gate_n, U, BW), ()
-                for k in tl.static_range(8): gated = gated + (value[k]*door[k//U],)
-            taps = ()
+                closed = _row(gate, n, at//U, N, H//U, W//U, gate_n, BW//U)[0]
+                door = tl.sigmoid(closed*ga + gb)
+                wide = _spread(door, U)
+                gated = value*wide
+            if STRIDE == 1: seen = (gated, gated, gated)
+            else:
+                even, odd = _halves(gated)
+                seen = (odd, even, odd)
+            taps, total, other = (), tl.zeros([BM, BW//STRIDE], tl.float32), tl.zeros([BM, BW//STRIDE], tl.float32)
             for ky in tl.static_range(3):
-                for kx in tl.static_range(3):
-                    total = gw[ky*3 + kx]
-                    for k in tl.static_range(8):
-                        if (s + 1 - ky) % STRIDE == 0 and (k + 1 - kx) % STRIDE == 0: total += lines[(s + 1 - ky)//STRIDE + 1][(k + 1 - kx)//STRIDE + 1]*gated[k]
-                    taps = taps + (total,)
-            gw, out, summed = taps, (), ()
-            for k in tl.static_range(8):
-                total = zero
-                for ky in tl.static_range(3):
-                    for kx in tl.static_range(3):
-                        if (s + 1 - ky) % STRIDE == 0 and (k + 1 - kx) % STRIDE == 0: total += lines[(s + 1 - ky)//STRIDE + 1][(k + 1 - kx)//STRIDE + 1]*w[ky][kx]
-                if U:
-                    block = tl.where(at % U == 0, 0., blocks[k//U]) if k % U == 0 else block
-                    block += total*value[k]
-                    if k % U == U - 1: summed = summed + (block,)
-                    total = total*door[k//U]
-                if AFFINE or RELU: total = tl.where(value[k] > 0 if RELU else (column + k < W) & (at < H), total, 0.)
-                if AFFINE:
-                    gscale += total*raw[k]
-                    gshift += total
-                    total = total*a
-                out = out + (total,)
-            tl.store(gx + n*C*H*W + at*W + q, _whole(out, 8).to(gx.dtype.element_ty), mask=inside)
+                if (s + 1 - ky) % STRIDE == 0:
+                    line = lines[(s + 1 - ky)//STRIDE + 1]
+                    for kx in tl.static_range(3): taps = taps + (gw[ky*3 + kx] + _folded(line[kx]*seen[kx], 8//STRIDE),)
+                    total += line[1]*w[ky][1]
+                    if STRIDE == 1: total += line[0]*w[ky][0] + line[2]*w[ky][2]
+                    else: other += line[0]*w[ky][0] + line[2]*w[ky][2]
+                else: taps = taps + gw[ky*3:ky*3 + 3]
+            gw = taps
+            if STRIDE == 2: total = _dealt(total, other)
             if U:
-                blocks, slopes, narrow, last = summed, (), tl.arange(0, BW//U)[None, :], at % U == U - 1
-                for k in tl.static_range(8//U):
-                    slope = tl.where(last, summed[k]*door[k]*(1 - door[k]), 0.)
-                    gate_gscale += slope*closed[k]
-                    gate_gshift += slope
-                    slopes = slopes + (slope*ga,)
-                tl.store(ggate + n*C*(H//U)*(W//U) + at//U*(W//U) + narrow, _whole(slopes, 8//U).to(ggate.dtype.element_ty), mask=(n < N) & (narrow < W//U) & last)
+                blocks = tl.where(at % U == 0, 0., blocks) + _folded(total*value, U)
+                last = at % U == U - 1
+                slope = tl.where(last, blocks*door*(1 - door), 0.)
+                gate_gscale += _folded(slope*closed, 8//U)
+                gate_gshift += _folded(slope, 8//U)
+                tl.store(ggate + n*C*(H//U)*(W//U) + at//U*(W//U) + narrow, (slope*ga).to(ggate.dtype.element_ty), mask=(n < N) & (narrow < W//U) & last)
+                total = total*wide
+            if AFFINE or RELU: total = tl.where(value > 0 if RELU else inside, total, 0.)
+            if AFFINE:
+                gscale += _folded(total*raw, 8)
+                gshift += _folded(total, 8)
+                total = total*a
+            tl.store(gx + n*C*H*W + at*W + q, total.to(gx.dtype.element_ty), mask=inside)
         above, here = here, below
     P, at = tl.num_programs(0)*tl.num_programs(2), tl.program_id(2)*tl.num_programs(0) + chunk
     for i in tl.static_range(9): tl.store(sums + (c*9 + i)*P + at, tl.sum(gw[i]))
@@ -337,17 +323,18 @@ def _pool(x, out, C, H, W, x_n, x_c, out_n, first, BH: tl.constexpr, BW: tl.cons
     tl.store(out + n*out_n + ((first + c)*(H//U) + h)*(W//U) + w, (_block_sum(v, U, BH, BW)/(U*U)).to(out.dtype.element_ty), mask=(h < H//U) & (w < W//U))
 
 @triton.jit
-def _entry_backward(left, right, pooled, gx, C, HW, W, left_n, left_c, pooled_n, first, B: tl.constexpr, U: tl.constexpr):
+def _entry_backward(left, right, pooled, gx, C, H, W, left_n, left_c, pooled_n, first, BH: tl.constexpr, BW: tl.constexpr, U: tl.constexpr):
     "Gradient of a map from those of its left half, its right half and the right half's pooled map. C: channels of a half."
-    plane, p = tl.program_id(0), tl.program_id(1)*B + tl.arange(0, B)
+    plane, rows = tl.program_id(0), tl.program_id(1)*BH + tl.arange(0, BH)[:, None]
     n, c = plane // (2*C), plane % (2*C)
-    here = p < HW
+    cols, q = tl.arange(0, BW)[None, :], tl.arange(0, BW//U)[None, :]
+    p, here = rows*W + cols, (rows < H) & (cols < W)
     if c < C: v = tl.load(left + n*left_n + c*left_c + p, mask=here, other=0.).to(tl.float32)
     else:
-        v = tl.load(right + (n*C + c - C)*HW + p, mask=here, other=0.).to(tl.float32)
-        at = (p//W//U)*(W//U) + p % W//U
-        v += tl.load(pooled + n*pooled_n + (first + c - C)*(HW//(U*U)) + at, mask=here, other=0.).to(tl.float32)/(U*U)
-    tl.store(gx + plane*HW + p, v.to(gx.dtype.element_ty), mask=here)
+        v = tl.load(right + (n*C + c - C)*H*W + p, mask=here, other=0.).to(tl.float32)
+        share = tl.load(pooled + n*pooled_n + ((first + c - C)*(H//U) + rows//U)*(W//U) + q, mask=(rows < H) & (q < W//U), other=0.).to(tl.float32)
+        v += _spread(share/(U*U), U)
+    tl.store(gx + plane*H*W + p, v.to(gx.dtype.element_ty), mask=here)
 
 @triton.jit
 def _assemble_forward(left, y, a, b, out, C, HW, left_n, B: tl.constexpr):   # C: channels of a half
@@ -374,11 +361,12 @@ def _assemble_backward(g, y, a, gy, ga, gb, HW, B: tl.constexpr):
     tl.store(gb + plane, tl.sum(sb))
 
 @triton.jit
-def _term(x, scale, shift, n, c, C, H, W, rows, cols, here, U: tl.constexpr, AFFINE: tl.constexpr, RELU: tl.constexpr):
-    v = tl.load(x + ((n*C + c)*(H//U) + rows//U)*(W//U) + cols//U, mask=here, other=0.).to(tl.float32)
+def _term(x, scale, shift, n, c, C, H, W, rows, BW: tl.constexpr, U: tl.constexpr, AFFINE: tl.constexpr, RELU: tl.constexpr):
+    q = tl.arange(0, BW//U)[None, :]
+    v = tl.load(x + ((n*C + c)*(H//U) + rows//U)*(W//U) + q, mask=(rows < H) & (q < W//U), other=0.).to(tl.float32)
     a = tl.load(scale + c) if AFFINE else 1.
     b = tl.load(shift + c) if AFFINE else 0.
-    return _activate(v, a, b, AFFINE, RELU)
+    return _spread(_activate(v, a, b, AFFINE, RELU), U)
 
 @triton.jit
 def _term_backward(d, x, scale, shift, gx, gsums, n, c, C, H, W, P, at, chunk, BH: tl.constexpr, BW: tl.constexpr,
@@ -405,11 +393,11 @@ def _sum_forward(x0, a0, b0, x1, a1, b1, x2, a2, b2, x3, a3, b3, total, out, C, 
     n, c = plane // C, plane % C
     rows, cols = chunk*BH + tl.arange(0, BH)[:, None], tl.arange(0, BW)[None, :]
     here = (rows < H) & (cols < W)
-    v = _term(x0, a0, b0, n, c, C, H, W, rows, cols, here, U0, A0, RELU_IN)
+    v = _term(x0, a0, b0, n, c, C, H, W, rows, BW, U0, A0, RELU_IN)
     if TWICE: v = 2*v
-    if T > 1: v += _term(x1, a1, b1, n, c, C, H, W, rows, cols, here, U1, A1, RELU_IN)
-    if T > 2: v += _term(x2, a2, b2, n, c, C, H, W, rows, cols, here, U2, A2, RELU_IN)
-    if T > 3: v += _term(x3, a3, b3, n, c, C, H, W, rows, cols, here, U3, A3, RELU_IN)
+    if T > 1: v += _term(x1, a1, b1, n, c, C, H, W, rows, BW, U1, A1, RELU_IN)
+    if T > 2: v += _term(x2, a2, b2, n, c, C, H, W, rows, BW, U2, A2, RELU_IN)
+    if T > 3: v += _term(x3, a3, b3, n, c, C, H, W, rows, BW, U3, A3, RELU_IN)
     if TOTAL: tl.store(total + plane*H*W + rows*W + cols, v.to(out.dtype.element_ty), mask=here)
     if RELU: v = tl.maximum(v, 0.)
     tl.store(out + plane*H*W + rows*W + cols, v.to(out.dtype.element_ty), mask=here)
@@ -592,7 +580,8 @@ class Pointwise(torch.autograd.Function):
         _pointwise_forward[(N*tiles, triton.cdiv(Co, BC))](x, scale, shift, weight, out, stats, Ci, Co, H*W, x.stride(0), tiles, BCO=BC, BP=BP, num_warps=8 if BCI == 512 else 4, **options)
         ctx.save_for_backward(x, scale, shift, weight, out)
         wide, size = options['EXACT'] or BCI*BCO >= 256*128, BCI*BCO
-        ctx.options = options | dict(BCO=BCO, BP=32 if wide else BACKWARD_PIXELS, num_warps=4 if size <= 64*64 else 8 if size < 256*128 else 16, num_stages=1 if wide else 2)
+        warps = 4 if size <= 64*64 else 8 if size < 256*128 else 16
+        ctx.options = options | dict(BCO=BCO, BP=32 if wide else BACKWARD_PIXELS, num_warps=warps, num_stages=1 if wide else 2)
         return out, stats
 
     @staticmethod
@@ -602,7 +591,8 @@ class Pointwise(torch.autograd.Function):
         tiles = triton.cdiv(H*W, ctx.options['BP'])
         programs = min(N*tiles, SMS*(4 if ctx.options['num_warps'] == 4 else 1))   # as many as run at once: each leaves a whole gradient of the weight
         gx, sums = new(x, N, Ci, H, W), new(x, programs, Co if scale is None else Co + 2, Ci, dtype=torch.float32)   # of weight, scale, shift
-        _pointwise_backward[(programs,)](g.contiguous(), out, gstats[..., 0].contiguous(), x, scale, shift, weight, gx, sums, Ci, Co, H*W, x.stride(0), tiles, N*tiles, **ctx.options)
+        _pointwise_backward[(programs,)](g.contiguous(), out, gstats[..., 0].contiguous(), x, scale, shift, weight, gx, sums,
+                                         Ci, Co, H*W, x.stride(0), tiles, N*tiles, **ctx.options)
         gweight, *affine = sums.sum(0).split([Co] + [1]*(sums.shape[1] - Co))
         return gx, *([t[0] for t in affine] or (None, None)), gweight.view(weight.shape), None, None
 
@@ -712,11 +702,9 @@ class Entry(torch.autograd.Function):
         n, first, out = len(ctx.shapes), 0, []
         pooled = grads[-1].contiguous()
         for (N, C2, H, W), left, right in zip(ctx.shapes, grads[:n], grads[n:2*n]):
-            B = min(2048, triton.next_power_of_2(H*W))
-            gx = new(right, N, C2, H, W)
+            gx, (chunks, tile) = new(right, N, C2, H, W), _tiles(right.shape)
             assert left.stride()[2:] == (W, 1)
-            _entry_backward[(N*C2, triton.cdiv(H*W, B))](left, right.contiguous(), pooled, gx, C2//2, H*W, W, left.stride(0), left.stride(1), pooled.stride(0), first,
-                                                         B=B, U=W//pooled.shape[3])
+            _entry_backward[(N*C2, chunks)](left, right.contiguous(), pooled, gx, C2//2, H, W, left.stride(0), left.stride(1), pooled.stride(0), first, U=W//pooled.shape[3], **tile)
             first += C2//2
             out.append(gx)
         return tuple(out)
@@ -800,7 +788,7 @@ class Blend(torch.autograd.Function):
     def backward(ctx, g):
         fine, coarse, share = ctx.saved_tensors
         N, C, H, W = coarse.shape
-        chunks, tile = _tiles(coarse.shape, 2048)
+        chunks, tile = _tiles(coarse.shape, 1024)
         gfine, gcoarse, gshare = torch.empty_like(fine), torch.empty_like(coarse), new(share, 2, N*C*chunks)
         _blend_backward[(N*C, chunks)](g.contiguous(), fine, coarse, share, gfine, gcoarse, gshare, H, W, chunks, **tile)
         return gfine, gcoarse, gshare.sum(-1)
