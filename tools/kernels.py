@@ -16,6 +16,13 @@ def _activate(x, scale, shift, AFFINE: tl.constexpr, RELU: tl.constexpr):
     return x
 
 @triton.jit
+def _kept(slope, a, dtype: tl.constexpr):
+    """The slope times the scale as memory keeps it, and the slope that this stands for. A normalisation takes the mean out of what is kept, so the sums must be of that:
+    pixels of like slope share their rounding error, and a mean of it that stays outweighs what they differ by."""
+    kept = (slope*a).to(dtype)
+    return kept, tl.where(tl.abs(a) < 1e-30, slope, kept.to(tl.float32)*(1/a))
+
+@triton.jit
 def _block_sum(x, U: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr):   # [BH, BW] -> [BH/U, BW/U]
     return tl.sum(tl.sum(tl.reshape(x, [BH//U, U, BW//U, U]), 3), 1)
 
@@ -163,16 +170,16 @@ def _depthwise_backward(g, y, gstats, x, scale, shift, gate, gate_scale, gate_sh
             if U:
                 blocks = tl.where(at % U == 0, 0., blocks) + _folded(total*value, U)
                 last = at % U == U - 1
-                slope = tl.where(last, blocks*door*(1 - door), 0.)
+                kept, slope = _kept(tl.where(last, blocks*door*(1 - door), 0.), ga, ggate.dtype.element_ty)
                 gate_gscale += _folded(slope*closed, 8//U)
                 gate_gshift += _folded(slope, 8//U)
-                tl.store(ggate + n*C*(H//U)*(W//U) + at//U*(W//U) + narrow, (slope*ga).to(ggate.dtype.element_ty), mask=(n < N) & (narrow < W//U) & last)
+                tl.store(ggate + n*C*(H//U)*(W//U) + at//U*(W//U) + narrow, kept, mask=(n < N) & (narrow < W//U) & last)
                 total = total*wide
             if AFFINE or RELU: total = tl.where(value > 0 if RELU else inside, total, 0.)
             if AFFINE:
-                gscale += _folded(total*raw, 8)
-                gshift += _folded(total, 8)
-                total = total*a
+                total, slope = _kept(total, a, gx.dtype.element_ty)
+                gscale += _folded(slope*raw, 8)
+                gshift += _folded(slope, 8)
             tl.store(gx + n*C*H*W + at*W + q, total.to(gx.dtype.element_ty), mask=inside)
         above, here = here, below
     P, at = tl.num_programs(0)*tl.num_programs(2), tl.program_id(2)*tl.num_programs(0) + chunk
@@ -232,10 +239,11 @@ def _pointwise_backward(g, y, gstats, x, scale, shift, weight, gx, sums, Ci, Co,
         gv = tl.dot(wt, d, input_precision='ieee' if EXACT else 'tf32')
         gw += tl.dot(d, tl.trans(value.to(kind)), input_precision='ieee' if EXACT else 'tf32')
         if RELU: gv = tl.where(value > 0, gv, 0.)
-        tl.store(gx + (n*Ci + i[:, None])*HW + p[None, :], (gv*a).to(gx.dtype.element_ty), mask=inside)
         if AFFINE:
-            gscale += tl.sum(gv*raw, 1)
-            gshift += tl.sum(gv, 1)
+            gv, slope = _kept(gv, a, gx.dtype.element_ty)
+            gscale += tl.sum(slope*raw, 1)
+            gshift += tl.sum(slope, 1)
+        tl.store(gx + (n*Ci + i[:, None])*HW + p[None, :], gv.to(gx.dtype.element_ty), mask=inside)
     sums = sums + program*(Co + (2 if AFFINE else 0))*Ci
     tl.store(sums + o[:, None]*Ci + i[None, :], gw, mask=(o < Co)[:, None] & (i < Ci)[None, :])
     if AFFINE:
@@ -353,10 +361,10 @@ def _assemble_backward(g, y, a, gy, ga, gb, HW, B: tl.constexpr):
     sa, sb = tl.zeros([B], tl.float32), tl.zeros([B], tl.float32)
     for start in range(0, HW, B):
         here = start + p < HW
-        d = tl.load(g + (2*plane + 1)*HW + start + p, mask=here, other=0.).to(tl.float32)
+        kept, d = _kept(tl.load(g + (2*plane + 1)*HW + start + p, mask=here, other=0.).to(tl.float32), scale, gy.dtype.element_ty)
         sa += d*tl.load(y + plane*HW + start + p, mask=here, other=0.).to(tl.float32)
         sb += d
-        tl.store(gy + plane*HW + start + p, (d*scale).to(gy.dtype.element_ty), mask=here)
+        tl.store(gy + plane*HW + start + p, kept, mask=here)
     tl.store(ga + plane, tl.sum(sa))
     tl.store(gb + plane, tl.sum(sb))
 
@@ -379,10 +387,11 @@ def _term_backward(d, x, scale, shift, gx, gsums, n, c, C, H, W, P, at, chunk, B
         a, b = tl.load(scale + c), tl.load(shift + c)
         raw = tl.load(x + place, mask=here, other=0.).to(tl.float32)
         if RELU: d = tl.where(raw*a + b > 0, d, 0.)
+        kept, d = _kept(d, a, gx.dtype.element_ty)
         tl.store(gsums + c*P + at, tl.sum(d*raw))
         tl.store(gsums + (C + c)*P + at, tl.sum(d))
-        d = d*a
-    tl.store(gx + place, d.to(gx.dtype.element_ty), mask=here)
+        tl.store(gx + place, kept, mask=here)
+    else: tl.store(gx + place, d.to(gx.dtype.element_ty), mask=here)
 
 @triton.jit
 def _sum_forward(x0, a0, b0, x1, a1, b1, x2, a2, b2, x3, a3, b3, total, out, C, H, W, BH: tl.constexpr, BW: tl.constexpr,
@@ -807,8 +816,8 @@ def convolve(x: Pending, conv: nn.Conv2d) -> Pending:
     if conv.groups > 1: return _with_stats(Depthwise.apply(x.raw, x.scale, x.shift, None, None, None, weight, x.relu, conv.stride[0]))
     if conv.kernel_size == (1, 1) and _padded(weight.shape[0])*_padded(weight.shape[1])*x.raw.element_size() <= BIG:
         return _with_stats(Pointwise.apply(x.raw, x.scale, x.shift, weight, x.relu, False))
-    if conv.kernel_size == (3, 3) and x.scale is None and not x.raw.requires_grad: return _with_stats(Dense.apply(x.raw, weight, conv.stride[0]))
-    return _with_stats(Sums.apply(F.conv2d(ready(x), weight.to(x.raw.dtype), stride=conv.stride, padding=conv.padding)))
+    if conv.kernel_size == (3, 3) and x.scale is None and not x.raw.requires_grad: return _with_stats(Dense.apply(x.raw, weight.contiguous(), conv.stride[0]))
+    return _with_stats(Sums.apply(F.conv2d(ready(x), weight.to(x.raw.dtype), stride=conv.stride, padding=conv.padding).contiguous()))   # channels-last weights give such maps
 
 def _with_stats(pair): return Pending(pair[0], stats=pair[1])
 
@@ -887,6 +896,7 @@ def neck(fpn, maps):
     return top
 
 def forward(model, image, dtype=torch.bfloat16):
+    torch._foreach_add_([module.num_batches_tracked for module in model.modules() if isinstance(module, nn.BatchNorm2d)], 1)
     image = model.prepare(image)
     features = neck(model.neck, backbone(model.backbone, image.to(dtype).contiguous()))
     outputs = {}
