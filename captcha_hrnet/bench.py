@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 import captcha_hrnet
 from .config import Config, Overrides, UserError, cli, load_config, pick_device
 from .data import DataPipeline, loader_speed
-from .engine import TrainingEngine
+from .graphs import make_engine
 from .model import create_lite_hrnet_18_fpn
 from .synth import CaptchaSynth, find_preset, write_dataset
 from .twin import folded
@@ -156,8 +156,10 @@ def train_variants(
     device = pick_device(config.hardware.device)
     changes = {'as configured': {}, 'other memory format': dict(channels_last=not config.train.channels_last)}
     changes |= {f'amp {amp}': dict(amp=amp) for amp in ('bf16', 'off') if amp != config.train.amp and device.type == 'cuda'}
+    others = {'eager', 'graphs', *(['kernels'] if config.model.name.startswith('lite_hrnet') else [])} - {config.train.step}
+    if device.type == 'cuda' and not config.train.compile: changes |= {f'step {step}': dict(step=step) for step in sorted(others)}
     if config.train.compile: changes |= {'not compiled': dict(compile=False)}
-    elif not config.train.activation_checkpointing: changes |= {'activation checkpointing': dict(activation_checkpointing=True)}
+    elif config.train.step == 'eager' and not config.train.activation_checkpointing: changes |= {'activation checkpointing': dict(activation_checkpointing=True)}
     def variant(change):
         tree = config.to_dict()
         tree['train'] |= change
@@ -173,7 +175,7 @@ def _with_threads(count, measure) -> float:
     finally: torch.set_num_threads(before)
 
 def _training(config, device) -> Callable[[], int]:
-    engine = TrainingEngine(create_lite_hrnet_18_fpn(config.model), config, device)
+    engine = make_engine(create_lite_hrnet_18_fpn(config.model), config, device)
     engine.model.train()
     batch = random_batch(config, device)
     def step():

@@ -320,11 +320,14 @@ class TrainConfig(Section):
     prefetch: Count = 4                           # batches that each worker keeps ready
     amp: Literal["bf16", "fp16", "off"] = "bf16"  # mixed precision; fp16 needs a GPU
     channels_last: bool = True
+    step: Literal["eager", "graphs", "kernels"] = "eager"   # graphs: replayed from CUDA graphs; kernels: and the network in Triton kernels
     compile: bool = False                         # torch.compile
     activation_checkpointing: bool = False        # keep fewer maps for the backward pass, and compute them again: less memory, more time
     log_every: Count = 20                         # optimiser steps
     max_nonfinite_steps: CountOrNone = 20         # dropped steps after which the run stops
-    rules = (Rule(("activation_checkpointing", "compile"), lambda train: not (train.activation_checkpointing and train.compile), "must be false with train.compile"),)
+    rules = (Rule(("activation_checkpointing", "compile"), lambda train: not (train.activation_checkpointing and train.compile), "must be false with train.compile"),
+             Rule(("step", "amp", "compile", "activation_checkpointing"), lambda train: train.step == "eager" or train.amp != "fp16" and not train.compile and not train.activation_checkpointing,
+                  "must be eager with amp fp16, compile and activation_checkpointing"))
 
 # %% ../nbs/00_config.ipynb #71d739a8
 METRICS = {"mae_px": "min", "rmse_px": "min", "median_px": "min", "p95_px": "min", "gap_mae": "min", "slider_mae": "min",
@@ -400,7 +403,8 @@ class Config(Section):
     rules = (
         Rule(("sched.cosine_min_lr", "optimizer.lr"), lambda c: c.sched.cosine_min_lr <= c.optimizer.lr, "must be at most optimizer.lr"),
         Rule(("train.amp", "hardware.device"), lambda c: (c.train.amp, c.hardware.device) != ("fp16", "cpu"),
-             "must be bf16 or off on the CPU: fp16 needs a GPU"))
+             "must be bf16 or off on the CPU: fp16 needs a GPU"),
+        Rule(("model.name", "train.step"), lambda c: c.train.step != "kernels" or c.model.name.startswith("lite_hrnet"), "must be lite_hrnet_18 or lite_hrnet_30 with train.step kernels"))
 
     @classmethod
     def from_dict(cls, tree: dict, where: str = "config") -> "Config":

@@ -47,7 +47,8 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from .config import ConfigManager, Overrides, UserError, cli
 from .data import DataPipeline
-from .engine import CheckpointError, NonFiniteError, TrainingEngine, load_checkpoint, log, newest_checkpoint, save_checkpoint, seed_everything, write_file
+from .engine import CheckpointError, NonFiniteError, load_checkpoint, log, newest_checkpoint, save_checkpoint, seed_everything, write_file
+from .graphs import make_engine
 from .model import create_lite_hrnet_18_fpn
 from .validator import Validator
 from .visualizer import Visualizer, draw_prediction, predict_samples, sheet
@@ -210,7 +211,7 @@ class Run:
         self._own_folders() if self.rank == 0 else log.setLevel(logging.ERROR)
         self.pipeline = DataPipeline(self.config, self.rank, self.world).setup()
         seed_everything(self.config.seed)   # after the data: to fill a cache draws from the global generator
-        self.engine = TrainingEngine(create_lite_hrnet_18_fpn(self.config.model), self.config, self.device)
+        self.engine = make_engine(create_lite_hrnet_18_fpn(self.config.model), self.config, self.device)
         self.validator, self.done = Validator(self.config, self.device), False
         self._resume(resume)
         self.history = MetricsFile(manager.log_dir/'metrics.jsonl', self.engine.epoch)
