@@ -1,8 +1,6 @@
-"""The experiment's Triton kernels against PyTorch: values and gradients, on a GPU or, with TRITON_INTERPRET=1, without one. Skipped where Triton is not installed."""
+"""The Triton kernels against PyTorch: values and gradients, on a GPU or, with TRITON_INTERPRET=1, without one. Skipped where Triton is not installed."""
 import copy
 import os
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,9 +8,8 @@ import torch.nn.functional as F
 
 if not torch.cuda.is_available(): os.environ.setdefault('TRITON_INTERPRET', '1')
 pytest.importorskip('triton')
-sys.path.insert(0, str(Path(__file__).parent.parent/'tools'))
-import kernels
-from captcha_hrnet.model import CaptchaKeypointNet, LiteHRNet, channel_shuffle, create_lite_hrnet_18_fpn
+from captcha_hrnet import kernels
+from captcha_hrnet.model import CaptchaKeypointNet, LiteHRNet, Stem, channel_shuffle, create_lite_hrnet_18_fpn, transition
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 
@@ -55,6 +52,18 @@ def test_depthwise(stride, up, affine, relu, shape):
     y = F.conv2d(value, weight, stride=stride, padding=1, groups=C)
     mine, stats = kernels.Depthwise.apply(x, scale, shift, gate, gate_scale, gate_shift, weight, relu, stride)
     assert_same((mine, stats.sum(-1)), (y, sums(y)), [x, scale, shift, gate, gate_scale, gate_shift, weight])
+
+
+@pytest.mark.parametrize('stride', [1, 2])
+def test_sums_of_slopes_are_those_of_what_memory_keeps(stride):
+    "A normalisation's gradient takes out the mean of the input's gradient as it was rounded, so scale and shift have to get the sums of that."
+    x, weight, scale, shift = random(2, 2, 8, 16).detach().bfloat16().requires_grad_(), random(2, 1, 3, 3), random(2), random(2)
+    y, stats = kernels.Depthwise.apply(x, scale, shift, None, None, None, weight, False, stride)
+    gx, gscale, gshift = torch.autograd.grad(y, (x, scale, shift), 1 + .01*torch.randn_like(y))   # slopes alike
+    slope = gx.double()/scale.double()[:, None, None]
+    assert gx.dtype == torch.bfloat16
+    torch.testing.assert_close(gshift.double(), slope.sum((0, 2, 3)), rtol=1e-4, atol=1e-4*slope.abs().sum().item())
+    torch.testing.assert_close(gscale.double(), (slope*x.double()).sum((0, 2, 3)), rtol=1e-4, atol=1e-4*slope.abs().sum().item())
 
 
 @pytest.mark.parametrize('inputs, outputs, affine, exact', [(5, 7, False, False), (20, 40, True, False), (16, 1, True, True), (300, 37, False, False), (37, 300, True, False)])
@@ -115,13 +124,39 @@ def test_blend(height, width):
     assert_same(kernels.Blend.apply(fine, coarse, share), share[0]*fine + share[1]*F.interpolate(coarse, scale_factor=2, mode='bilinear'), [fine, coarse, share])
 
 
+def test_order_of_memory(monkeypatch):
+    "cuDNN answers weights in channels-last order with such maps; the kernels read NCHW."
+    monkeypatch.setattr(kernels, 'BIG', 0)   # all 1×1 convolutions are a library's, as the widest are
+    layers = torch.nn.Sequential(torch.nn.Conv2d(4, 6, 1, bias=False), torch.nn.BatchNorm2d(6), torch.nn.ReLU(), torch.nn.Conv2d(6, 6, 3, padding=1, groups=6, bias=False), torch.nn.BatchNorm2d(6),
+                                 torch.nn.Conv2d(6, 5, 1, bias=False), torch.nn.BatchNorm2d(5)).to(DEVICE)
+    x, found, slope = random(2, 4, 8, 16), [], random(2, 5, 8, 16).detach()
+    for memory in (torch.contiguous_format, torch.channels_last):
+        model = copy.deepcopy(layers).to(memory_format=memory)
+        y = kernels.ready(kernels.run(model, x))
+        found.append([y, *torch.autograd.grad(y, [x, *model.parameters()], slope), *[b for b in model.buffers() if b.is_floating_point()]])
+    truth = layers(x)
+    found.append([truth, *torch.autograd.grad(truth, [x, *layers.parameters()], slope), *[b for b in layers.buffers() if b.is_floating_point()]])
+    for first, *others in zip(*found):
+        for other in others: torch.testing.assert_close(other, first, rtol=1e-4, atol=1e-4)
+
+
+def narrow_network():
+    "A narrow stem, one block and one fusion of two branches, neck and heads: Triton's interpreter is slow."
+    backbone = LiteHRNet((1,), (8, 8))
+    backbone.stem, backbone.transition0 = Stem(4, 8), transition([8], [8, 8])
+    backbone.stage0[0].layers = backbone.stage0[0].layers[:1]
+    for i in (1, 2):
+        backbone.add_module(f'transition{i}', torch.nn.ModuleList([torch.nn.Identity(), torch.nn.Identity()]))
+        backbone.add_module(f'stage{i}', torch.nn.Sequential())
+    return CaptchaKeypointNet(backbone, neck_channels=4, head_channels=2)
+
+
 def test_network():
     "Outputs, gradients and running statistics of a training step, as close to float64's as PyTorch's own float32 comes."
-    narrow = CaptchaKeypointNet(LiteHRNet((1, 1, 1), (8, 8, 8, 8)), neck_channels=4, head_channels=2)   # Triton's interpreter is slow
-    exact = (create_lite_hrnet_18_fpn({}) if torch.cuda.is_available() else narrow).double().train().to(DEVICE)
+    exact = (create_lite_hrnet_18_fpn({}) if torch.cuda.is_available() else narrow_network()).double().train().to(DEVICE)
     torch.nn.init.normal_(exact.heads['offsets'].out.weight)
     eager, mine = copy.deepcopy(exact).float(), copy.deepcopy(exact).float()
-    image, found = torch.rand(2, 4, 64, 64, device=DEVICE), []
+    image, found = torch.rand(2, 4, *((64, 64) if torch.cuda.is_available() else (32, 32)), device=DEVICE), []
     for model, forward in (exact, exact), (eager, eager), (mine, lambda image: kernels.forward(mine, image, torch.float32)):
         outputs = forward(image.to(next(model.parameters()).dtype))
         torch.manual_seed(1)
