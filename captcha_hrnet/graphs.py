@@ -122,6 +122,6 @@ def make_engine(
     if step == 'eager': return TrainingEngine(model, config, device)
     if torch.device(device).type != 'cuda': raise UserError(f"train.step: value {step!r}: needs a CUDA GPU; 'eager' runs anywhere")
     if step == 'kernels':
-        try: import captcha_hrnet.kernels
+        try: import captcha_hrnet.kernels   # noqa: F401
         except ImportError as error: raise UserError(f"train.step: value 'kernels': needs Triton ({error}); 'graphs' and 'eager' do without") from None
     return GraphedEngine(model, config, device)

@@ -1,7 +1,6 @@
-"""The experiment's Triton kernels against PyTorch: values and gradients, on a GPU or, with TRITON_INTERPRET=1, without one. Skipped where Triton is not installed."""
+"""The Triton kernels against PyTorch: values and gradients, on a GPU or, with TRITON_INTERPRET=1, without one. Skipped where Triton is not installed."""
+import copy
 import os
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -9,9 +8,8 @@ import torch.nn.functional as F
 
 if not torch.cuda.is_available(): os.environ.setdefault('TRITON_INTERPRET', '1')
 pytest.importorskip('triton')
-sys.path.insert(0, str(Path(__file__).parent.parent/'tools'))
-import kernels
-from captcha_hrnet.model import channel_shuffle
+from captcha_hrnet import kernels
+from captcha_hrnet.model import CaptchaKeypointNet, LiteHRNet, Stem, channel_shuffle, create_lite_hrnet_18_fpn, transition
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 
@@ -39,23 +37,50 @@ def assert_same(mine, theirs, inputs):
     for a, b in zip([*mine, *slopes[0]], [*theirs, *slopes[1]]): torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5*b.abs().max().item())
 
 
-@pytest.mark.parametrize('stride, up, affine', [(1, 0, False), (1, 4, False), (1, 1, False), (2, 0, True), (1, 0, True)])
-def test_depthwise(stride, up, affine):
-    x, weight = random(2, 3, 8, 16), random(3, 1, 3, 3)
-    scale, shift = (random(3), random(3)) if affine else (None, None)
-    gate = random(2, 3, 8//up, 16//up) if up else None
-    value = activated(x, scale, shift, affine)*(F.interpolate(gate, scale_factor=up) if up else 1)
-    y = F.conv2d(value, weight, stride=stride, padding=1, groups=3)
-    assert_same(kernels.Depthwise.apply(x, scale, shift, gate, weight, affine, stride), (y, sums(y)), [x, scale, shift, gate, weight])
+@pytest.mark.parametrize('stride, up, affine, relu, shape', [
+    (1, 0, False, False, (2, 3, 8, 16)), (1, 0, True, True, (9, 2, 18, 128)), (1, 0, True, False, (3, 2, 5, 24)), (1, 0, True, True, (2, 2, 1, 2)),
+    (1, 1, False, False, (65, 2, 8, 16)), (1, 2, False, False, (2, 3, 16, 32)), (1, 4, False, False, (17, 1, 32, 64)), (1, 8, False, False, (2, 3, 24, 128)),
+    (1, 8, False, False, (2, 1, 8, 8)), (2, 0, True, True, (5, 2, 20, 256)), (2, 0, True, True, (2, 3, 34, 64)), (2, 0, False, False, (3, 2, 8, 16)),
+    (2, 0, True, False, (2, 2, 7, 13)), (2, 2, True, True, (2, 2, 36, 32))])   # a program takes 1024/width pictures, at least 8 rows
+def test_depthwise(stride, up, affine, relu, shape):
+    N, C, H, W = shape
+    whole, weight = random(N, C + 1, H, W), random(C, 1, 3, 3)
+    x = whole[:, 1:]
+    scale, shift = (random(C), random(C)) if affine else (None, None)
+    gate, gate_scale, gate_shift = (random(N, C + 1, H//up, W//up)[:, :C], random(C), random(C)) if up else (None,)*3
+    value = activated(x, scale, shift, relu)*(F.interpolate(torch.sigmoid(activated(gate, gate_scale, gate_shift, False)), scale_factor=up) if up else 1)
+    y = F.conv2d(value, weight, stride=stride, padding=1, groups=C)
+    mine, stats = kernels.Depthwise.apply(x, scale, shift, gate, gate_scale, gate_shift, weight, relu, stride)
+    assert_same((mine, stats.sum(-1)), (y, sums(y)), [x, scale, shift, gate, gate_scale, gate_shift, weight])
 
 
-@pytest.mark.parametrize('inputs, outputs, affine, exact', [(5, 7, False, False), (20, 40, True, False), (16, 1, True, True)])
+@pytest.mark.parametrize('stride', [1, 2])
+def test_sums_of_slopes_are_those_of_what_memory_keeps(stride):
+    "A normalisation's gradient takes out the mean of the input's gradient as it was rounded, so scale and shift have to get the sums of that."
+    x, weight, scale, shift = random(2, 2, 8, 16).detach().bfloat16().requires_grad_(), random(2, 1, 3, 3), random(2), random(2)
+    y, stats = kernels.Depthwise.apply(x, scale, shift, None, None, None, weight, False, stride)
+    gx, gscale, gshift = torch.autograd.grad(y, (x, scale, shift), 1 + .01*torch.randn_like(y))   # slopes alike
+    slope = gx.double()/scale.double()[:, None, None]
+    assert gx.dtype == torch.bfloat16
+    torch.testing.assert_close(gshift.double(), slope.sum((0, 2, 3)), rtol=1e-4, atol=1e-4*slope.abs().sum().item())
+    torch.testing.assert_close(gscale.double(), (slope*x.double()).sum((0, 2, 3)), rtol=1e-4, atol=1e-4*slope.abs().sum().item())
+
+
+@pytest.mark.parametrize('inputs, outputs, affine, exact', [(5, 7, False, False), (20, 40, True, False), (16, 1, True, True), (300, 37, False, False), (37, 300, True, False)])
 def test_pointwise(inputs, outputs, affine, exact):
     x, weight = random(2, inputs, 8, 12), random(outputs, inputs, 1, 1)
     scale, shift = (random(inputs), random(inputs)) if affine else (None, None)
     mine, parts = kernels.Pointwise.apply(x, scale, shift, weight, affine, exact)
     y = F.conv2d(activated(x, scale, shift, affine), weight)
     assert_same((mine, parts.sum(-1)), (y, sums(y).sum(-1)), [x, scale, shift, weight])
+
+
+@pytest.mark.parametrize('stride, height, width', [(2, 16, 24), (2, 7, 9), (1, 5, 8)])
+def test_dense(stride, height, width):
+    x, weight = random(3, 4, height, width).detach(), random(20, 4, 3, 3)
+    mine, stats = kernels.Dense.apply(x, weight, stride)
+    y = F.conv2d(x, weight, stride=stride, padding=1)
+    assert_same((mine, stats.sum(-1)), (y, sums(y).sum(-1)), [weight])
 
 
 def test_normalise():
@@ -75,6 +100,14 @@ def test_halves_pooled_and_dealt_out():
     assert_same(kernels.Assemble.apply(x[:, :3], y, a, b), channel_shuffle(torch.cat([x[:, :3], y*a[..., None, None] + b[..., None, None]], 1)), [x, y, a, b])
 
 
+def test_excite():
+    y, scale, shift, w1, b1, w2, b2 = random(3, 6, 4, 8), random(6), random(6), random(2, 6, 1, 1), random(2), random(6, 2, 1, 1), random(6)
+    means = y.mean((2, 3), keepdim=True)*scale[:, None, None] + shift[:, None, None]
+    s = torch.sigmoid(F.conv2d(F.relu(F.conv2d(means, w1, b1)), w2, b2)).flatten(1)
+    stats = torch.stack([y.sum(3).transpose(0, 1), (y*y).sum(3).transpose(0, 1)])   # a part for each row
+    assert_same(kernels.Excite.apply(stats, scale, shift, w1, b1, w2, b2, 32), (s*scale, s*shift), [y, scale, shift, w1, b1, w2, b2])
+
+
 def test_sums_of_maps():
     same, half, quarter, other = random(2, 3, 16, 16), random(2, 3, 8, 8), random(2, 3, 4, 4), random(2, 3, 16, 16)
     p = [random(3) for _ in range(6)]
@@ -89,3 +122,47 @@ def test_sums_of_maps():
 def test_blend(height, width):
     fine, coarse, share = random(2, 3, 2*height, 2*width), random(2, 3, height, width), random(2)
     assert_same(kernels.Blend.apply(fine, coarse, share), share[0]*fine + share[1]*F.interpolate(coarse, scale_factor=2, mode='bilinear'), [fine, coarse, share])
+
+
+def test_order_of_memory(monkeypatch):
+    "cuDNN answers weights in channels-last order with such maps; the kernels read NCHW."
+    monkeypatch.setattr(kernels, 'BIG', 0)   # all 1×1 convolutions are a library's, as the widest are
+    layers = torch.nn.Sequential(torch.nn.Conv2d(4, 6, 1, bias=False), torch.nn.BatchNorm2d(6), torch.nn.ReLU(), torch.nn.Conv2d(6, 6, 3, padding=1, groups=6, bias=False), torch.nn.BatchNorm2d(6),
+                                 torch.nn.Conv2d(6, 5, 1, bias=False), torch.nn.BatchNorm2d(5)).to(DEVICE)
+    x, found, slope = random(2, 4, 8, 16), [], random(2, 5, 8, 16).detach()
+    for memory in (torch.contiguous_format, torch.channels_last):
+        model = copy.deepcopy(layers).to(memory_format=memory)
+        y = kernels.ready(kernels.run(model, x))
+        found.append([y, *torch.autograd.grad(y, [x, *model.parameters()], slope), *[b for b in model.buffers() if b.is_floating_point()]])
+    truth = layers(x)
+    found.append([truth, *torch.autograd.grad(truth, [x, *layers.parameters()], slope), *[b for b in layers.buffers() if b.is_floating_point()]])
+    for first, *others in zip(*found):
+        for other in others: torch.testing.assert_close(other, first, rtol=1e-4, atol=1e-4)
+
+
+def narrow_network():
+    "A narrow stem, one block and one fusion of two branches, neck and heads: Triton's interpreter is slow."
+    backbone = LiteHRNet((1,), (8, 8))
+    backbone.stem, backbone.transition0 = Stem(4, 8), transition([8], [8, 8])
+    backbone.stage0[0].layers = backbone.stage0[0].layers[:1]
+    for i in (1, 2):
+        backbone.add_module(f'transition{i}', torch.nn.ModuleList([torch.nn.Identity(), torch.nn.Identity()]))
+        backbone.add_module(f'stage{i}', torch.nn.Sequential())
+    return CaptchaKeypointNet(backbone, neck_channels=4, head_channels=2)
+
+
+def test_network():
+    "Outputs, gradients and running statistics of a training step, as close to float64's as PyTorch's own float32 comes."
+    exact = (create_lite_hrnet_18_fpn({}) if torch.cuda.is_available() else narrow_network()).double().train().to(DEVICE)
+    torch.nn.init.normal_(exact.heads['offsets'].out.weight)
+    eager, mine = copy.deepcopy(exact).float(), copy.deepcopy(exact).float()
+    image, found = torch.rand(2, 4, *((64, 64) if torch.cuda.is_available() else (32, 32)), device=DEVICE), []
+    for model, forward in (exact, exact), (eager, eager), (mine, lambda image: kernels.forward(mine, image, torch.float32)):
+        outputs = forward(image.to(next(model.parameters()).dtype))
+        torch.manual_seed(1)
+        sum((outputs[name]*torch.randn(outputs[name].shape).to(outputs[name])).sum() for name in model.heads).backward()
+        found.append({**outputs, **{f'gradient of {name}': p.grad for name, p in model.named_parameters()}, **dict(model.named_buffers())})
+    distance = lambda a, b: ((a.double() - b).norm()/(b.double().norm() + 1e-3)).item()   # a shift before a normalisation has no gradient but noise
+    values = {name: value for name, value in found[0].items() if value.is_floating_point()}
+    errors = {name: (distance(found[2][name], value), distance(found[1][name], value)) for name, value in values.items()}
+    assert not {name: pair for name, pair in errors.items() if pair[0] > 1e-3 + 10*pair[1]}
