@@ -54,14 +54,13 @@ def _train_window(self: GraphedEngine, window):
     torch.cuda.current_stream().wait_stream(self.stream)
 
 def _open(self: GraphedEngine):
-    if not self.graphs: torch._foreach_copy_(self.buffers_before, list(self.model.buffers()))   # later the update's graph does
+    if self.buffers_before and not self.graphs: torch._foreach_copy_(self.buffers_before, list(self.model.buffers()))   # later the update's graph does
     self.flat_grad.zero_()
 
 def _batch(self: GraphedEngine, batch, share, last):
     if len(batch['index']) != self.config.train.batch_size: return self._forward_backward(to_device(batch, self.device), share)   # an epoch's last
-    tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
-    if self.inputs is None: self.inputs = {name: torch.empty_like(value, device=self.device) for name, value in tensors.items()}
-    for name, value in tensors.items(): self.inputs[name].copy_(value, non_blocking=True)
+    if self.inputs is None: self.inputs = {name: torch.empty_like(value, device=self.device) for name, value in batch.items() if isinstance(value, Tensor)}
+    for name, place in self.inputs.items(): place.copy_(batch[name], non_blocking=True)
     self.share.fill_(share)
     values = self._replayed('batch', self._stacked).clone()
     return dict(zip(self.names, values.unbind()))
@@ -107,7 +106,7 @@ def _change(self: GraphedEngine):
     torch._foreach_add_(averaged, change)
     counts = [pair for pair in pairs if not pair[0].is_floating_point()]
     if counts: torch._foreach_copy_(*map(list, zip(*counts)))
-    torch._foreach_copy_(self.buffers_before, list(self.model.buffers()))
+    if self.buffers_before: torch._foreach_copy_(self.buffers_before, list(self.model.buffers()))
 
 for method in (_gradient_norm, _update, _change): setattr(GraphedEngine, method.__name__, method)
 

@@ -20,6 +20,7 @@ from captcha_hrnet.config import Config, UserError
 from captcha_hrnet.engine import (CheckpointError, Meter, NonFiniteError, TrainingEngine, learning_rate, load_checkpoint, log, make_ema,
                                   newest_checkpoint, parameter_groups, random_state, save_checkpoint, set_random_state, windows)
 from captcha_hrnet.geometry import Letterbox
+from captcha_hrnet.graphs import GraphedEngine, make_engine
 from captcha_hrnet.loss import CaptchaLoss
 from captcha_hrnet.model import create_lite_hrnet_18_fpn
 from toys import HEIGHT, WIDTH, Loader, Toy, batch_of, joined
@@ -27,13 +28,13 @@ from toys import HEIGHT, WIDTH, Loader, Toy, batch_of, joined
 torch.set_num_threads(1)
 
 
-def engine_of(norm=False, seed=0, **sections):
+def engine_of(norm=False, seed=0, kind=TrainingEngine, **sections):
     sections = {'train': {}, 'optimizer': {}} | sections
     sections['train'] = dict(num_workers=0, amp='off', log_every=1, max_nonfinite_steps=3) | sections['train']
     sections['optimizer'] = dict(lr=1e-2, eps=1e-3, ema_decay=.9) | sections['optimizer']
     sections['sched'] = dict(epochs=3, warmup_epochs=.5) | sections.get('sched', {})
     torch.manual_seed(seed)
-    return TrainingEngine(Toy(norm), Config(**sections), 'cpu')
+    return kind(Toy(norm), Config(**sections), 'cpu')
 
 
 def same(a, b) -> bool:
@@ -55,6 +56,25 @@ def messages():
     log.addHandler(handler)
     yield found
     log.removeHandler(handler)
+
+
+@pytest.mark.parametrize('before, after', [(TrainingEngine, GraphedEngine), (GraphedEngine, TrainingEngine)])
+def test_a_run_goes_on_with_another_kind_of_step(before, after, tmp_path):
+    batches = [batch_of(4, seed) for seed in range(4)]
+    first, straight = (engine_of(norm=True, kind=before, train=dict(batch_size=4)) for _ in range(2))
+    first.train_epoch(Loader(batches), 0)
+    save_checkpoint(tmp_path/'last.pth', first.state_dict())
+    second = engine_of(norm=True, kind=after, seed=1, train=dict(batch_size=4))
+    second.load_state_dict(load_checkpoint(tmp_path/'last.pth'))
+    for epoch in range(2): expected = straight.train_epoch(Loader(batches), epoch)
+    found = second.train_epoch(Loader(batches), 1)
+    for name in ('loss', 'gap_mae', 'grad_norm', 'lr'): assert found[name] == pytest.approx(expected[name], rel=1e-4)
+    for name, value in straight.ema.module.state_dict().items(): torch.testing.assert_close(second.ema.module.state_dict()[name], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize('step', ['graphs', 'kernels'])
+def test_fast_steps_need_a_gpu(step):
+    with pytest.raises(UserError, match=f"train.step: value '{step}': needs a CUDA GPU; 'eager' runs anywhere"): make_engine(Toy(False), Config(train=dict(step=step)), 'cpu')
 
 
 # the learning rate
@@ -219,9 +239,10 @@ def spoil_gradients(engine):
 
 @pytest.mark.parametrize('kind', ['nan label', 'infinite gradient'])
 @pytest.mark.parametrize('accumulate', [1, 2])
-def test_a_dropped_step_leaves_no_trace(kind, accumulate, messages):
+@pytest.mark.parametrize('engine', [TrainingEngine, GraphedEngine])
+def test_a_dropped_step_leaves_no_trace(kind, accumulate, engine, messages):
     good = [batch_of(4, seed, first=10*seed) for seed in range(6)]
-    clean, hit = engine_of(norm=True, train=dict(accumulate=accumulate)), engine_of(norm=True, train=dict(accumulate=accumulate))
+    clean, hit = (engine_of(norm=True, kind=engine, train=dict(accumulate=accumulate, batch_size=4)) for _ in range(2))
     spoil_gradients(hit)
     clean.train_epoch(Loader(good), 0)
     bad = [poisoned(batch_of(4, 99, first=990), kind), batch_of(4, 98, first=980)][:accumulate]
@@ -322,9 +343,10 @@ def test_meter_keeps_small_things_beside_large_ones():
 # stopping and going on
 
 @pytest.mark.parametrize('accumulate', [1, 2])
-def test_stopped_anywhere_and_resumed_is_not_stopped(accumulate, tmp_path):
+@pytest.mark.parametrize('kind', [TrainingEngine, GraphedEngine])
+def test_stopped_anywhere_and_resumed_is_not_stopped(accumulate, kind, tmp_path):
     batches = [batch_of(4, seed) for seed in range(5)]
-    make = lambda: engine_of(norm=True, train=dict(accumulate=accumulate))
+    make = lambda: engine_of(norm=True, kind=kind, train=dict(accumulate=accumulate, batch_size=4))
     straight, per_epoch = make(), math.ceil(5/accumulate)
     results = [straight.train_epoch(Loader(batches), epoch) for epoch in range(2)]
     for stop_at in range(1, 2*per_epoch):
@@ -496,11 +518,11 @@ def test_the_newest_whole_checkpoint(tmp_path, messages):
 
 # two processes
 
-def train_in_parallel(rank, folder):
+def train_in_parallel(rank, folder, kind):
     "Two processes, accumulation; one loss of the second one is not a number, and no gradient says so to the first."
     torch.set_num_threads(1)
     dist.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=2)
-    engine = engine_of(train=dict(accumulate=2))
+    engine = engine_of(kind=kind, train=dict(accumulate=2, batch_size=4))
     batches = [batch_of(4, 10*rank + seed) for seed in range(6)]
     if rank: batches[3]['poison'] = torch.ones(1)
     forward = engine._batch
@@ -511,13 +533,14 @@ def train_in_parallel(rank, folder):
     dist.destroy_process_group()
 
 
-def train_in_two(_, folder):
+def train_in_two(_, *arguments):
     import torch._dynamo   # noqa: F401 seconds that parallel training would spend twice
-    torch.multiprocessing.start_processes(train_in_parallel, (folder,), 2, start_method='fork')
+    torch.multiprocessing.start_processes(train_in_parallel, arguments, 2, start_method='fork')
 
 
-def test_processes_decide_together(tmp_path):
-    torch.multiprocessing.start_processes(train_in_two, (str(tmp_path),), 1, start_method='spawn')   # what has gone backward must not fork
+@pytest.mark.parametrize('kind', [TrainingEngine, GraphedEngine])
+def test_processes_decide_together(kind, tmp_path):
+    torch.multiprocessing.start_processes(train_in_two, (str(tmp_path), kind), 1, start_method='spawn')   # what has gone backward must not fork
     first, second = (torch.load(tmp_path/f'{rank}.pt') for rank in range(2))
     assert first['dropped'] == second['dropped'] == 1 and first['stop'] is second['stop'] is True
     for key in ('model_state_dict', 'ema_state_dict', 'optimizer_state_dict', 'step'): assert same(first['state'][key], second['state'][key])
