@@ -1,4 +1,9 @@
 """What several test files share."""
+import os
+import shutil
+
+if not shutil.which('nvidia-smi'): os.environ.setdefault('TRITON_INTERPRET', '1')   # before anything imports Triton, which reads it once
+
 import pytest
 import torch
 from hypothesis import settings

@@ -1,12 +1,10 @@
 """The Triton kernels against PyTorch: values and gradients, on a GPU or, with TRITON_INTERPRET=1, without one. Skipped where Triton is not installed."""
 import copy
-import os
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-if not torch.cuda.is_available(): os.environ.setdefault('TRITON_INTERPRET', '1')
 pytest.importorskip('triton')
 from captcha_hrnet import kernels
 from captcha_hrnet.model import CaptchaKeypointNet, LiteHRNet, Stem, channel_shuffle, create_lite_hrnet_18_fpn, transition
