@@ -35,6 +35,11 @@ class GraphedEngine(TrainingEngine):
         for tensor in itertools.chain(self.model.parameters(), self.model.buffers()): dist.broadcast(tensor.data, 0)
         return self.model
 
+    def load_state_dict(self, state: dict):
+        "Go on from `state_dict` of this or the eager engine; what was recorded before read other tensors."
+        self.graphs, self.made = {}, 0
+        super().load_state_dict(state)
+
 # %% ../nbs/06_graphs.ipynb #9dab409f
 READ = 'image', 'gap_coords', 'slider_coords', 'present', 'decoys', 'decoy_mask', 'gap_angle', 'letterbox'   # what a step reads of a batch
 
