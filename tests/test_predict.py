@@ -235,7 +235,7 @@ def test_mistakes_on_the_command_line(checkpoint, tmp_path, capsys):
     (tmp_path/'a.png').write_bytes(PNG); (tmp_path/'file').touch()
     torch.save(dict(config=CONFIG.to_dict() | dict(model=dict(name='lite_hrnet_99')), model_state_dict={}), tmp_path/'newer.pth')
     picture, weights = str(tmp_path/'a.png'), ['--weights', str(checkpoint)]
-    for arguments, says in (([picture], 'no trained weights ship'), ([picture, '--weights', str(tmp_path/'file')], 'not a readable weights file'),
+    for arguments, says in (([picture, '--weights', 'pretrain'], 'pretrain: no such weights file'), ([picture, '--weights', str(tmp_path/'file')], 'not a readable weights file'),
                             ([picture, '--weights', str(tmp_path/'newer.pth')], 'lite_hrnet_99'), ([picture, '--weights', 'none.pth'], 'no such weights file'),
                             ([picture, *weights, '--out', str(tmp_path/'file'/'x')], '--out'), ([str(tmp_path/'*.gif'), *weights], 'nothing matches'),
                             ([picture, *weights, '--threshold', '2'], 'threshold'), ([picture, *weights, '--device', 'tpu'], 'tpu')):
