@@ -31,7 +31,7 @@ if __name__ == '__main__':
     for number in (signal.SIGTERM, signal.SIGINT): signal.signal(number, end_at_once)
 
 # %% ../nbs/09_train.ipynb #17722f32
-import functools, json, logging, math, re, socket, time
+import functools, gc, json, logging, math, re, socket, time
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 try: import fcntl
@@ -497,12 +497,16 @@ def main(
     if not config: anno_parser(main.__wrapped__, 'python -m captcha_hrnet.train').error('--config is needed, for example configs/quickstart.yaml')
     manager = ConfigManager(config, set or ())
     try:
-        with clear_errors(manager.config.train):
-            run = Run(manager, resume)
-            if run.rank == 0: manager.save()
-            run.fit()
+        with clear_errors(manager.config.train): _fit(manager, resume)
     finally:
-        if dist.is_initialized(): dist.destroy_process_group()
+        if dist.is_initialized():
+            gc.collect()   # what holds the group ends before the interpreter does: the group's threads would end it with an abort
+            dist.destroy_process_group()
+
+def _fit(manager, resume):
+    run = Run(manager, resume)
+    if run.rank == 0: manager.save()
+    run.fit()
 
 # %% ../nbs/09_train.ipynb #80d1f92a
 #| eval: false
