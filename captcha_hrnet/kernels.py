@@ -200,19 +200,15 @@ def _depthwise_backward(g, y, gstats, x, scale, shift, gate, gate_scale, gate_sh
         tl.store(sums + (C*(12 if AFFINE else 10) + c)*P + at, tl.sum(gate_gshift))
 
 # %% ../nbs/05_kernels.ipynb #9de70398
-MOST, FORWARD_PIXELS, BACKWARD_PIXELS, SMS = 4096, 128, 64, 132   # pixels of a tile, of a matrix product forwards and backwards; multiprocessors of an H100
+SMS = 132   # multiprocessors of an H100
 
-def _tile(height, width, most):   # rows and columns of a tile that holds whole rows and blocks of 8 rows
-    columns = triton.next_power_of_2(width)
-    return max(8, min(triton.next_power_of_2(height), most//columns)), columns
+def _tiles(shape, most=4096):   # how many, and one: whole rows, 8 of them or a multiple, `most` pixels
+    (height, width), power = shape[-2:], triton.next_power_of_2
+    columns = power(width)
+    rows = max(8, min(power(height), most//columns))
+    return triton.cdiv(height, rows), dict(BH=rows, BW=columns, num_warps=4 if rows*columns <= 2048 else 8)
 
-def _tiles(tensor_or_size, most=None):
-    most = most or MOST
-    height, width = tensor_or_size[-2:]
-    bh, bw = _tile(height, width, most)
-    return triton.cdiv(height, bh), dict(BH=bh, BW=bw, num_warps=4 if bh*bw <= 2048 else 8)
-
-def new(like, *shape, **kw): return torch.empty(shape, device=like.device, dtype=kw.get('dtype', like.dtype))
+def new(like, *shape, dtype=None): return torch.empty(shape, device=like.device, dtype=dtype or like.dtype)
 
 class Depthwise(torch.autograd.Function):
     "The convolved map and the sums [2, C, N, parts] of its values and of their squares, which only ever add up over the parts."
@@ -309,7 +305,7 @@ class Pointwise(torch.autograd.Function):
     def forward(ctx, x, scale, shift, weight, relu, exact):
         (N, Ci, H, W), Co = x.shape, weight.shape[0]
         BCI, BCO = _padded(Ci), _padded(Co)
-        BP = 32 if BCI == 512 else 64 if BCI*BCO >= 128*128 else FORWARD_PIXELS
+        BP = 32 if BCI == 512 else 64 if BCI*BCO >= 128*128 else 128
         tiles = triton.cdiv(H*W, BP)
         out, stats = new(x, N, Co, H, W, dtype=torch.float32 if exact else x.dtype), new(x, 2, Co, N*tiles, dtype=torch.float32)
         options = dict(BCI=BCI, AFFINE=scale is not None, RELU=relu, EXACT=exact or x.dtype == torch.float32)
@@ -318,7 +314,7 @@ class Pointwise(torch.autograd.Function):
         ctx.save_for_backward(x, scale, shift, weight, out)
         wide, size = options['EXACT'] or BCI*BCO >= 256*128, BCI*BCO
         warps = 4 if size <= 64*64 else 8 if size < 256*128 else 16
-        ctx.options = options | dict(BCO=BCO, BP=32 if wide else BACKWARD_PIXELS, num_warps=warps, num_stages=1 if wide else 2)
+        ctx.options = options | dict(BCO=BCO, BP=32 if wide else 64, num_warps=warps, num_stages=1 if wide else 2)
         return out, stats
 
     @staticmethod
@@ -821,13 +817,12 @@ def ready(x: Pending) -> Tensor:
 def convolve(x: Pending, conv: nn.Conv2d) -> Pending:
     "The raw map with its sums, by the kernel that fits."
     weight = conv.weight
-    if conv.groups > 1: return _with_stats(Depthwise.apply(x.raw, x.scale, x.shift, None, None, None, weight, x.relu, conv.stride[0]))
-    if conv.kernel_size == (1, 1) and _padded(weight.shape[0])*_padded(weight.shape[1])*x.raw.element_size() <= BIG:
-        return _with_stats(Pointwise.apply(x.raw, x.scale, x.shift, weight, x.relu, False))
-    if conv.kernel_size == (3, 3) and x.scale is None and not x.raw.requires_grad: return _with_stats(Dense.apply(x.raw, weight.contiguous(), conv.stride[0]))
-    return _with_stats(Sums.apply(F.conv2d(ready(x), weight.to(x.raw.dtype), stride=conv.stride, padding=conv.padding).contiguous()))   # channels-last weights give such maps
-
-def _with_stats(pair): return Pending(pair[0], stats=pair[1])
+    if conv.groups > 1: raw, stats = Depthwise.apply(x.raw, x.scale, x.shift, None, None, None, weight, x.relu, conv.stride[0])
+    elif conv.kernel_size == (1, 1) and _padded(weight.shape[0])*_padded(weight.shape[1])*x.raw.element_size() <= BIG:
+        raw, stats = Pointwise.apply(x.raw, x.scale, x.shift, weight, x.relu, False)
+    elif conv.kernel_size == (3, 3) and x.scale is None and not x.raw.requires_grad: raw, stats = Dense.apply(x.raw, weight.contiguous(), conv.stride[0])
+    else: raw, stats = Sums.apply(F.conv2d(ready(x), weight.to(x.raw.dtype), stride=conv.stride, padding=conv.padding).contiguous())   # channels-last weights give such maps
+    return Pending(raw, stats=stats)
 
 def normalise(x: Pending, bn: nn.BatchNorm2d) -> Pending:
     "What the map waits for, from its sums."

@@ -500,7 +500,7 @@ def main(
         with clear_errors(manager.config.train): _fit(manager, resume)
     finally:
         if dist.is_initialized():
-            gc.collect()   # what holds the group ends before the interpreter does: the group's threads would end it with an abort
+            gc.collect()   # the run and its engine hold each other, and with them the group, whose threads must have ended before the interpreter does
             dist.destroy_process_group()
 
 def _fit(manager, resume):

@@ -123,6 +123,8 @@ REFUSED = [
     ("train: {pin_memory: yes}", "train.pin_memory: value 'yes': must be true or false"),
     ("train: {amp: false}", "train.amp: value False: must be 'bf16', 'fp16' or 'off'"),
     ("train: {amp: bf61}", "nearest: 'bf16'"),
+    ("train: {step: graphs, compile: true}", "train.step: value 'graphs': must be eager with amp fp16, compile and activation_checkpointing"),
+    ("train: {step: kernels}\nmodel: {name: rep_hrnet_18}", "model.name: value 'rep_hrnet_18': must be lite_hrnet_18 or lite_hrnet_30 with train.step kernels"),
     ("train: 5", "train: value 5: must be a mapping of keys"),
     ("train:", "train: value None: must be a mapping of keys"),
     ("train: {num_worker: 3}", "train.num_worker: unknown key, nearest known: train.num_workers"),
