@@ -272,6 +272,7 @@ class ModelConfig(Section):
     neck_channels: Annotated[int, Field(ge=8, le=1024)] = 64   # common width of LiteFPN
     neck_separable: bool = True                   # depthwise-separable 3×3 (true) or dense 3×3 in the neck
     head_channels: Annotated[int, Field(ge=0, le=1024)] = 64   # hidden width of each head; 0: they share the neck's last layer
+    context: Literal["none", "stride16", "stride32"] = "none"   # the branch whose places know of each other
     angle_head: bool = False                      # also predict the gap's angle (sin, cos)
     decode: Literal["offset", "soft_argmax", "dark"] = "offset"   # how a peak becomes a sub-pixel point
     top_k: Annotated[int, Field(ge=1, le=100)] = 5   # candidates of each point

@@ -910,7 +910,9 @@ def forward(
     "What `model(image)` returns while it trains, with gradients and running statistics, by the kernels. Never for evaluation: it normalises by the batch."
     torch._foreach_add_([module.num_batches_tracked for module in model.modules() if isinstance(module, nn.BatchNorm2d)], 1)
     image = model.prepare(image)
-    features = neck(model.neck, backbone(model.backbone, image.to(dtype).contiguous()))
+    maps = backbone(model.backbone, image.to(dtype).contiguous())
+    with torch.autocast(image.device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False): maps = [x.contiguous() for x in model.context(maps)]
+    features = neck(model.neck, maps)
     outputs = {}
     for name, head in model.heads.items():
         x = run(head.hidden, features)

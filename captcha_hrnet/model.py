@@ -7,9 +7,10 @@ __all__ = ['BACKBONES', 'HEATMAP_BIAS', 'ROW_SIGMA_PX', 'SHIPPED', 'ConvUnit', '
            'SpatialWeighting', 'CrossResolutionWeighting', 'ConditionalChannelWeighting', 'separable_layers',
            'fuse_path', 'LiteHRModule', 'transition', 'LiteHRNet', 'initialise', 'read_state_dict', 'bare_name',
            'backbone_tensors', 'load_backbone_weights', 'create_backbone', 'smoothing', 'LiteFPN', 'full_precision',
-           'PredictionHead', 'CaptchaKeypointNet', 'values_at', 'window_at', 'soft_argmax_offset', 'gaussian_blur',
-           'dark_offset', 'decode_points', 'best_pair', 'decode_outputs', 'create_lite_hrnet_18_fpn', 'save_weights',
-           'read_weights', 'shipped_weights', 'load_model', 'OperationCounter', 'model_parts', 'model_table']
+           'PredictionHead', 'place_codes', 'ContextLayer', 'Context', 'CaptchaKeypointNet', 'values_at', 'window_at',
+           'soft_argmax_offset', 'gaussian_blur', 'dark_offset', 'decode_points', 'best_pair', 'decode_outputs',
+           'create_lite_hrnet_18_fpn', 'save_weights', 'read_weights', 'shipped_weights', 'load_model',
+           'OperationCounter', 'model_parts', 'model_table']
 
 # %% ../nbs/04_model.ipynb #51d63b25
 import hashlib, json, re, warnings
@@ -403,6 +404,62 @@ class PredictionHead(nn.Module):
         x = self.hidden(x)
         with full_precision(x.device.type): return self.out(x.to(self.out.weight.dtype))
 
+# %% ../nbs/04_model.ipynb #6add77ec
+def place_codes(
+    height: int,   # cells
+    width: int,    # cells
+    channels: int, # a multiple of 4
+    like: Tensor,  # whose device and type
+) -> Tensor:       # [height·width, channels] in [-1, 1]
+    "Sines and cosines of each cell's column and row, at wavelengths from 6 to 200 cells."
+    rates = 32**-torch.linspace(0, 1, channels//4, device=like.device)   # radians a cell
+    column, row = (torch.arange(n, device=like.device)[:, None]*rates for n in (width, height))
+    waves = [f(angles) for angles in (column.repeat(height, 1), row.repeat_interleave(width, 0)) for f in (torch.sin, torch.cos)]
+    return torch.cat(waves, 1).to(like.dtype)
+
+class ContextLayer(nn.Module):
+    "Self-attention over all places, then a hidden layer for each, both added to what was there."
+    def __init__(self,
+        width: int,     # of a place's vector, a multiple of `heads`
+        heads: int = 4, # attentions side by side
+    ):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.query_key, self.value, self.mix = nn.Linear(width, 2*width), nn.Linear(width, width), nn.Linear(width, width)
+        self.hidden, self.out = nn.Linear(width, 2*width), nn.Linear(2*width, width)
+
+    def forward(self,
+        x: Tensor,      # [B, places, width]
+        place: Tensor,  # [places, width]
+    ) -> Tensor:        # [B, places, width]
+        seen = self.norm1(x)
+        query, key, value = [t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in (*self.query_key(seen + place).chunk(2, -1), self.value(seen))]
+        x = x + self.mix(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+        return x + self.out(F.gelu(self.hidden(self.norm2(x))))
+
+class Context(nn.Module):
+    "Lets all places of one branch know of each other; adds nothing to begin with."
+    def __init__(self,
+        channels: list[int],  # of the branches, finest first
+        branch: int,          # whose places
+        width: int = 128,     # of a place's vector
+        layers: int = 2,      # one after the other
+    ):
+        super().__init__()
+        self.branch = branch
+        self.enter, self.leave = nn.Linear(channels[branch], width), nn.Linear(width, channels[branch])
+        self.layers = nn.ModuleList([ContextLayer(width) for _ in range(layers)])
+        nn.init.zeros_(self.leave.weight); nn.init.zeros_(self.leave.bias)
+
+    def forward(self, maps: list[Tensor]) -> list[Tensor]:  # the backbone's, and likewise
+        x = maps[self.branch]
+        places = self.enter(x.flatten(2).transpose(1, 2))
+        place = place_codes(*x.shape[2:], places.shape[2], places)
+        for layer in self.layers: places = layer(places, place)
+        found = self.leave(places).transpose(1, 2).reshape(x.shape)
+        return [*maps[:self.branch], x + found, *maps[self.branch + 1:]]
+
 # %% ../nbs/04_model.ipynb #3e4e9e27
 HEATMAP_BIAS = -2.19  # sigmoid(-2.19) = 0.1: what every cell is believed to be at the start (RetinaNet, Lin et al., ICCV 2017)
 
@@ -417,9 +474,11 @@ class CaptchaKeypointNet(nn.Module):
         decode: str = 'offset',         # 'offset', 'soft_argmax' or 'dark'
         top_k: int = 5,                 # candidates
         same_row: bool = False,         # prefer pairs of candidates whose y agree
+        context: str = 'none',          # 'stride16' or 'stride32': the branch whose places know of each other
     ):
         super().__init__()
         self.backbone, self.in_channels = backbone, backbone.in_channels
+        self.context = nn.Identity() if context == 'none' else Context(backbone.channels, ('stride16', 'stride32').index(context) + 2)
         self.neck = initialise(LiteFPN(backbone.channels, neck_channels, neck_separable))
         def head(outputs, **start): return PredictionHead(neck_channels, head_channels, outputs, neck_separable, **start)
         self.heads = nn.ModuleDict(dict(gap_heatmap=head(1, bias=HEATMAP_BIAS), slider_heatmap=head(1, bias=HEATMAP_BIAS),
@@ -432,7 +491,7 @@ class CaptchaKeypointNet(nn.Module):
         image: Tensor,           # [B, 4, H, W], uint8 or float in [0, 1]; H and W multiples of 32
     ) -> dict[str, Tensor]:      # gap_heatmap, slider_heatmap [B, 1, H/4, W/4] logits; offsets [B, 4, …] cells; angle [B, 2, …]; valid
         image = self.prepare(image)
-        features = self.neck(self.backbone(image))
+        features = self.neck(self.context(self.backbone(image)))
         outputs = {name: head(features) for name, head in self.heads.items()}
         return outputs | {'valid': self.valid_cells(image)}
 
