@@ -124,7 +124,7 @@ def _slope_row(g, y, gs, gss, n, r, N, H, W, y_n, BW: tl.constexpr, STRIDE: tl.c
     else: return right, d, d
 
 @triton.jit
-def _depthwise_backward(g, y, gstats, x, scale, shift, gate, gate_scale, gate_shift, weight, gx, ggate, sums,
+def _depthwise_backward(g, y, gstats, more, x, scale, shift, gate, gate_scale, gate_shift, weight, gx, ggate, sums,
                         N, C, H, W, Ho, Wo, x_n, x_c, gate_n, rows, gstats_h, gstats_c, gstats_n,
                         BM: tl.constexpr, BW: tl.constexpr, STRIDE: tl.constexpr, U: tl.constexpr, AFFINE: tl.constexpr, RELU: tl.constexpr):
     "As the forward; an output's row stands for STRIDE rows of the input. `sums`: a row for each gradient of weight, scale, shift, the gate's scale and shift."
@@ -188,6 +188,7 @@ def _depthwise_backward(g, y, gstats, x, scale, shift, gate, gate_scale, gate_sh
                 total, slope = _kept(total, a, gx.dtype.element_ty)
                 gscale += _folded(slope*raw, 8)
                 gshift += _folded(slope, 8)
+            if more is not None: total += tl.load(more + (n*C + c)*H*W + at*W + q, mask=inside, other=0.).to(tl.float32)
             tl.store(gx + n*C*H*W + at*W + q, total.to(gx.dtype.element_ty), mask=inside)
         above, here = here, below
     P, at = tl.num_programs(0)*tl.num_programs(2), tl.program_id(2)*tl.num_programs(0) + chunk
@@ -211,9 +212,9 @@ def _tiles(shape, most=4096):   # how many, and one: whole rows, 8 of them or a 
 def new(like, *shape, dtype=None): return torch.empty(shape, device=like.device, dtype=dtype or like.dtype)
 
 class Depthwise(torch.autograd.Function):
-    "The convolved map and the sums [2, C, N, parts] of its values and of their squares, which only ever add up over the parts."
+    "The convolved map and the sums [2, C, N, parts] of its values and of their squares, which only ever add up over the parts; `shared`: and x once more, for its next reader."
     @staticmethod
-    def forward(ctx, x, scale, shift, gate, gate_scale, gate_shift, weight, relu, stride):
+    def forward(ctx, x, scale, shift, gate, gate_scale, gate_shift, weight, relu, stride, shared=False):
         N, C, H, W = x.shape
         Ho, Wo, BW = (H - 1)//stride + 1, (W - 1)//stride + 1, max(16, triton.next_power_of_2(W))
         BM, rows = max(1, 1024//BW), 32   # pictures and rows of the output of a program: 128 threads of 8 columns; fewer rows where that makes too few programs
@@ -225,22 +226,22 @@ class Depthwise(torch.autograd.Function):
         ctx.grid, ctx.sizes = grid, (N, C, H, W, Ho, Wo, x.stride(0), x.stride(1), 0 if gate is None else gate.stride(0), rows)
         _depthwise_forward[grid](x, scale, shift, gate, gate_scale, gate_shift, weight, out, stats, *ctx.sizes, **ctx.options)
         ctx.save_for_backward(x, scale, shift, gate, gate_scale, gate_shift, weight, out)
-        return out, stats
+        return (out, stats, x.view_as(x)) if shared else (out, stats)
 
     @staticmethod
-    def backward(ctx, g, gstats):
+    def backward(ctx, g, gstats, more=None):
         x, *affine, weight, out = ctx.saved_tensors   # affine: scale, shift, gate, gate_scale, gate_shift
         gx, ggate, C = new(x, *x.shape), None if affine[2] is None else new(x, *affine[2].shape), x.shape[1]
         rows = [9*C] + [0 if t is None else C for t in (affine[0], affine[1], affine[3], affine[4])]
         sums = new(x, sum(rows), ctx.grid[0]*ctx.grid[2], dtype=torch.float32)
-        _depthwise_backward[ctx.grid](g.contiguous(), out, gstats, x, *affine, weight, gx, ggate, sums, *ctx.sizes, *gstats.stride()[:3], **ctx.options)
+        _depthwise_backward[ctx.grid](g.contiguous(), out, gstats, None if more is None else more.contiguous(), x, *affine, weight, gx, ggate, sums, *ctx.sizes, *gstats.stride()[:3], **ctx.options)
         gweight, *slopes = [t if len(t) else None for t in sums.sum(-1).split(rows)]
-        return gx, *slopes[:2], ggate, *slopes[2:], gweight.view(weight.shape), None, None
+        return gx, *slopes[:2], ggate, *slopes[2:], gweight.view(weight.shape), None, None, None
 
 # %% ../nbs/05_kernels.ipynb #a5f3e70d
 @triton.jit
-def _pointwise_forward(x, scale, shift, weight, out, stats, Ci, Co, HW, x_n, tiles,
-                       BCI: tl.constexpr, BCO: tl.constexpr, BP: tl.constexpr, AFFINE: tl.constexpr, RELU: tl.constexpr, EXACT: tl.constexpr):
+def _pointwise_forward(x, scale, shift, weight, out, stats, Ci: tl.constexpr, Co: tl.constexpr, HW, x_n, tiles,
+                       BCI: tl.constexpr, BCO: tl.constexpr, BP: tl.constexpr, AFFINE: tl.constexpr, RELU: tl.constexpr):
     tile = tl.program_id(0)
     n, p = tile // tiles, (tile % tiles)*BP + tl.arange(0, BP)
     i, o = tl.arange(0, BCI), tl.program_id(1)*BCO + tl.arange(0, BCO)
@@ -251,9 +252,7 @@ def _pointwise_forward(x, scale, shift, weight, out, stats, Ci, Co, HW, x_n, til
         b = tl.load(shift + i, mask=i < Ci, other=0.)[:, None] if AFFINE else 0.
         v = tl.where(inside, _activate(v.to(tl.float32), a, b, AFFINE, RELU), 0.)
     w = tl.load(weight + o[:, None]*Ci + i[None, :], mask=(o < Co)[:, None] & (i < Ci)[None, :], other=0.)
-    if EXACT: y = tl.dot(w, v.to(tl.float32), input_precision='ieee')
-    else: y = tl.dot(w.to(x.dtype.element_ty), v.to(x.dtype.element_ty))
-    y = y.to(out.dtype.element_ty)
+    y = tl.dot(w.to(x.dtype.element_ty), v.to(x.dtype.element_ty), input_precision='ieee').to(out.dtype.element_ty)
     here = (o < Co)[:, None] & (p < HW)[None, :]
     tl.store(out + (n*Co + o[:, None])*HW + p[None, :], y, mask=here)
     y = tl.where(here, y.to(tl.float32), 0.)
@@ -262,72 +261,151 @@ def _pointwise_forward(x, scale, shift, weight, out, stats, Ci, Co, HW, x_n, til
     tl.store(stats + (Co + o)*P + tile, tl.sum(y*y, 1), mask=o < Co)
 
 @triton.jit
-def _pointwise_backward(g, y, gstats, x, scale, shift, weight, gx, sums, Ci, Co, HW, x_n, tiles, all_tiles,
-                        BCI: tl.constexpr, BCO: tl.constexpr, BP: tl.constexpr, AFFINE: tl.constexpr, RELU: tl.constexpr, EXACT: tl.constexpr):
-    program, programs = tl.program_id(0), tl.num_programs(0)
-    i, o = tl.arange(0, BCI), tl.arange(0, BCO)
-    kind = tl.float32 if EXACT else x.dtype.element_ty
-    wt = tl.load(weight + o[None, :]*Ci + i[:, None], mask=(o < Co)[None, :] & (i < Ci)[:, None], other=0.).to(kind)   # [Ci, Co]
-    a = tl.load(scale + i, mask=i < Ci, other=0.)[:, None] if AFFINE else 1.
-    b = tl.load(shift + i, mask=i < Ci, other=0.)[:, None] if AFFINE else 0.
-    gs = tl.load(gstats + o, mask=o < Co, other=0.)[:, None]
-    gss = 2*tl.load(gstats + Co + o, mask=o < Co, other=0.)[:, None]
-    gw = tl.zeros([BCO, BCI], tl.float32)
-    gscale, gshift = tl.zeros([BCI], tl.float32), tl.zeros([BCI], tl.float32)
+def _pointwise_backward(g, y, gstats, more, x, scale, shift, weight, gx, sums, Ci: tl.constexpr, Co: tl.constexpr, HW, x_n, tiles, all_tiles,
+                        BCI: tl.constexpr, BCO: tl.constexpr, PARTS: tl.constexpr, BP: tl.constexpr, AFFINE: tl.constexpr, RELU: tl.constexpr):
+    "Some tiles of pixels, one after the other, for BCI of the input's channels; the output's come in PARTS of BCO. Blocks of input channels lie side by side and read the slopes from the cache."
+    program, programs = tl.program_id(1), tl.num_programs(1)
+    i, columns = (tl.program_id(0)*BCI + tl.arange(0, BCI))[:, None], tl.arange(0, BCO)[None, :]
+    kind = x.dtype.element_ty
+    a = tl.load(scale + i, mask=i < Ci, other=0.) if AFFINE else 1.
+    b = tl.load(shift + i, mask=i < Ci, other=0.) if AFFINE else 0.
+    zero, gw, wt, gs, gss = tl.zeros([BCI, BCO], tl.float32), (), (), (), ()
+    for part in tl.static_range(PARTS):
+        o = part*BCO + columns
+        gw, wt = gw + (zero,), wt + (tl.load(weight + o*Ci + i, mask=(o < Co) & (i < Ci), other=0.).to(kind),)
+        o = part*BCO + tl.arange(0, BCO)[:, None]
+        gs, gss = gs + (tl.load(gstats + o, mask=o < Co, other=0.),), gss + (2*tl.load(gstats + Co + o, mask=o < Co, other=0.),)
+    gscale, gshift = tl.zeros([BCI, 1], tl.float32), tl.zeros([BCI, 1], tl.float32)
     for tile in range(program, all_tiles, programs):
-        n, p = tile // tiles, (tile % tiles)*BP + tl.arange(0, BP)
-        here = (o < Co)[:, None] & (p < HW)[None, :]
-        at_y = (n*Co + o[:, None])*HW + p[None, :]
-        d = tl.load(g + at_y, mask=here, other=0.).to(tl.float32) + gs + gss*tl.load(y + at_y, mask=here, other=0.).to(tl.float32)
-        d = tl.where(here, d, 0.).to(kind)
-        inside = (i < Ci)[:, None] & (p < HW)[None, :]
-        raw = tl.load(x + n*x_n + i[:, None]*HW + p[None, :], mask=inside, other=0.).to(tl.float32)
+        n, p = tile // tiles, (tile % tiles)*BP + tl.arange(0, BP)[None, :]
+        inside = (i < Ci) & (p < HW)
+        raw = tl.load(x + n*x_n + i*HW + p, mask=inside, other=0.).to(tl.float32)
         value = tl.where(inside, _activate(raw, a, b, AFFINE, RELU), 0.)
-        gv = tl.dot(wt, d, input_precision='ieee' if EXACT else 'tf32')
-        gw += tl.dot(d, tl.trans(value.to(kind)), input_precision='ieee' if EXACT else 'tf32')
+        gv, grown = tl.zeros([BCI, BP], tl.float32), ()
+        for part in tl.static_range(PARTS):
+            o = part*BCO + tl.arange(0, BCO)[:, None]
+            here, at = (o < Co) & (p < HW), (n*Co + o)*HW + p
+            d = tl.load(g + at, mask=here, other=0.).to(tl.float32) + gs[part] + gss[part]*tl.load(y + at, mask=here, other=0.).to(tl.float32)
+            d = tl.where(here, d, 0.).to(kind)
+            gv = tl.dot(wt[part], d, gv, input_precision='ieee')
+            grown = grown + (tl.dot(value.to(kind), tl.trans(d), gw[part], input_precision='ieee'),)
+        gw = grown
         if RELU: gv = tl.where(value > 0, gv, 0.)
         if AFFINE:
             gv, slope = _kept(gv, a, gx.dtype.element_ty)
-            gscale += tl.sum(slope*raw, 1)
-            gshift += tl.sum(slope, 1)
-        tl.store(gx + (n*Ci + i[:, None])*HW + p[None, :], gv.to(gx.dtype.element_ty), mask=inside)
+            gscale += tl.sum(slope*raw, 1, keep_dims=True)
+            gshift += tl.sum(slope, 1, keep_dims=True)
+        at = (n*Ci + i)*HW + p
+        if more is not None: gv += tl.load(more + at, mask=inside, other=0.).to(tl.float32)
+        tl.store(gx + at, gv.to(gx.dtype.element_ty), mask=inside)
     sums = sums + program*(Co + (2 if AFFINE else 0))*Ci
-    tl.store(sums + o[:, None]*Ci + i[None, :], gw, mask=(o < Co)[:, None] & (i < Ci)[None, :])
+    for part in tl.static_range(PARTS):
+        o = part*BCO + columns
+        tl.store(sums + o*Ci + i, gw[part], mask=(o < Co) & (i < Ci))
     if AFFINE:
         tl.store(sums + Co*Ci + i, gscale, mask=i < Ci)
         tl.store(sums + (Co + 1)*Ci + i, gshift, mask=i < Ci)
 
 def _padded(channels): return max(16, triton.next_power_of_2(channels))
 
+def _pointwise_tiles(Ci, Co):
+    "A forward tile; a backward tile and how many of its programs a multiprocessor holds: as many as keep all they need in registers."
+    narrow, wide = _padded(Ci), _padded(Co)
+    forward = dict(BCI=narrow, BCO=min(wide, 64), BP=32 if narrow == 512 else 64 if narrow*wide >= 128*128 else 128, num_warps=8 if narrow == 512 else 4)
+    BCI = min(narrow, 64)
+    BCO, warps, held = (wide, 4, 4) if Co <= 64 else (32, 4, 3) if Co <= 128 else (32, 4, 2) if Co <= 192 else (64, 8, 1)   # parts that leave little of 80, 160 or 320 channels empty
+    registers = min(255, 65536//(32*warps*held)//8*8)
+    return forward, dict(BCI=BCI, BCO=BCO, PARTS=triton.cdiv(Co, BCO), BP=64 if BCI*wide <= 1024 else 32, num_warps=warps, num_stages=2, maxnreg=registers), held
+
 class Pointwise(torch.autograd.Function):
-    "The convolved map, `exact`ly in float32 if asked, and the sums [2, Co, parts] of its values and of their squares."
+    "The convolved map and the sums [2, Co, parts] of its values and of their squares; `shared`: and x once more, for its next reader."
     @staticmethod
-    def forward(ctx, x, scale, shift, weight, relu, exact):
+    def forward(ctx, x, scale, shift, weight, relu, shared=False):
         (N, Ci, H, W), Co = x.shape, weight.shape[0]
-        BCI, BCO = _padded(Ci), _padded(Co)
-        BP = 32 if BCI == 512 else 64 if BCI*BCO >= 128*128 else 128
-        tiles = triton.cdiv(H*W, BP)
-        out, stats = new(x, N, Co, H, W, dtype=torch.float32 if exact else x.dtype), new(x, 2, Co, N*tiles, dtype=torch.float32)
-        options = dict(BCI=BCI, AFFINE=scale is not None, RELU=relu, EXACT=exact or x.dtype == torch.float32)
-        BC = min(BCO, 64)
-        _pointwise_forward[(N*tiles, triton.cdiv(Co, BC))](x, scale, shift, weight, out, stats, Ci, Co, H*W, x.stride(0), tiles, BCO=BC, BP=BP, num_warps=8 if BCI == 512 else 4, **options)
+        tile, *ctx.tile = _pointwise_tiles(Ci, Co)
+        tiles, ctx.options = triton.cdiv(H*W, tile['BP']), dict(AFFINE=scale is not None, RELU=relu)
+        out, stats = new(x, N, Co, H, W), new(x, 2, Co, N*tiles, dtype=torch.float32)
+        _pointwise_forward[(N*tiles, triton.cdiv(Co, tile['BCO']))](x, scale, shift, weight, out, stats, Ci, Co, H*W, x.stride(0), tiles, **tile, **ctx.options)
         ctx.save_for_backward(x, scale, shift, weight, out)
-        wide, size = options['EXACT'] or BCI*BCO >= 256*128, BCI*BCO
-        warps = 4 if size <= 64*64 else 8 if size < 256*128 else 16
-        ctx.options = options | dict(BCO=BCO, BP=32 if wide else 64, num_warps=warps, num_stages=1 if wide else 2)
-        return out, stats
+        return (out, stats, x.view_as(x)) if shared else (out, stats)
 
     @staticmethod
-    def backward(ctx, g, gstats):
+    def backward(ctx, g, gstats, more=None):
         x, scale, shift, weight, out = ctx.saved_tensors
-        (N, Ci, H, W), Co = x.shape, weight.shape[0]
-        tiles = triton.cdiv(H*W, ctx.options['BP'])
-        programs = min(N*tiles, SMS*(4 if ctx.options['num_warps'] == 4 else 1))   # as many as run at once: each leaves a whole gradient of the weight
+        (N, Ci, H, W), Co, (tile, held) = x.shape, weight.shape[0], ctx.tile
+        tiles, blocks = triton.cdiv(H*W, tile['BP']), triton.cdiv(Ci, tile['BCI'])
+        programs = min(N*tiles, max(1, SMS*held//blocks))   # as many as run at once: each leaves a whole gradient of the weight
         gx, sums = new(x, N, Ci, H, W), new(x, programs, Co if scale is None else Co + 2, Ci, dtype=torch.float32)   # of weight, scale, shift
-        _pointwise_backward[(programs,)](g.contiguous(), out, gstats[..., 0].contiguous(), x, scale, shift, weight, gx, sums,
-                                         Ci, Co, H*W, x.stride(0), tiles, N*tiles, **ctx.options)
+        _pointwise_backward[(blocks, programs)](g.contiguous(), out, gstats[..., 0].contiguous(), None if more is None else more.contiguous(), x, scale, shift, weight, gx, sums,
+                                                Ci, Co, H*W, x.stride(0), tiles, N*tiles, **tile, **ctx.options)
         gweight, *affine = sums.sum(0).split([Co] + [1]*(sums.shape[1] - Co))
         return gx, *([t[0] for t in affine] or (None, None)), gweight.view(weight.shape), None, None
+
+# %% ../nbs/05_kernels.ipynb #6cf054c4
+@triton.jit
+def _head_forward(x, scale, shift, weight, bias, out, Ci, HW, x_n, CO: tl.constexpr, BCI: tl.constexpr, BP: tl.constexpr, AFFINE: tl.constexpr, RELU: tl.constexpr):
+    n, i, p = tl.program_id(1), tl.arange(0, BCI)[:, None], tl.program_id(0)*BP + tl.arange(0, BP)[None, :]
+    inside = (i < Ci) & (p < HW)
+    a = tl.load(scale + i, mask=i < Ci, other=0.) if AFFINE else 1.
+    b = tl.load(shift + i, mask=i < Ci, other=0.) if AFFINE else 0.
+    value = tl.where(inside, _activate(tl.load(x + n*x_n + i*HW + p, mask=inside, other=0.).to(tl.float32), a, b, AFFINE, RELU), 0.)
+    for o in tl.static_range(CO):
+        y = tl.sum(value*tl.load(weight + o*Ci + i, mask=i < Ci, other=0.), 0, keep_dims=True) + tl.load(bias + o)
+        tl.store(out + (n*CO + o)*HW + p, y, mask=p < HW)
+
+@triton.jit
+def _head_backward(g, x, scale, shift, weight, gx, sums, Ci, HW, x_n, tiles, all_tiles,
+                   CO: tl.constexpr, BCI: tl.constexpr, BP: tl.constexpr, AFFINE: tl.constexpr, RELU: tl.constexpr):
+    "`sums` [programs, 2 CO + 2, Ci]: a row for each gradient of weight, scale and shift, and CO rows that begin with the bias's."
+    program, programs, i = tl.program_id(0), tl.num_programs(0), tl.arange(0, BCI)[:, None]
+    a = tl.load(scale + i, mask=i < Ci, other=0.) if AFFINE else 1.
+    b = tl.load(shift + i, mask=i < Ci, other=0.) if AFFINE else 0.
+    zero = tl.zeros([BCI, BP//8], tl.float32)
+    gw, gb, gscale, gshift = (zero,)*CO, (tl.zeros([1, BP], tl.float32),)*CO, zero, zero
+    for tile in range(program, all_tiles, programs):
+        n, p = tile // tiles, (tile % tiles)*BP + tl.arange(0, BP)[None, :]
+        inside = (i < Ci) & (p < HW)
+        raw = tl.load(x + n*x_n + i*HW + p, mask=inside, other=0.).to(tl.float32)
+        value, gv, weights, biases = tl.where(inside, _activate(raw, a, b, AFFINE, RELU), 0.), tl.zeros([BCI, BP], tl.float32), (), ()
+        for o in tl.static_range(CO):
+            d = tl.load(g + (n*CO + o)*HW + p, mask=p < HW, other=0.)
+            gv += d*tl.load(weight + o*Ci + i, mask=i < Ci, other=0.)
+            weights, biases = weights + (gw[o] + _folded(d*value, 8),), biases + (gb[o] + d,)
+        gw, gb = weights, biases
+        if RELU: gv = tl.where(value > 0, gv, 0.)
+        if AFFINE:
+            gv, slope = _kept(gv, a, gx.dtype.element_ty)
+            gscale += _folded(slope*raw, 8)
+            gshift += _folded(slope, 8)
+        tl.store(gx + (n*Ci + i)*HW + p, gv.to(gx.dtype.element_ty), mask=inside)
+    sums = sums + program*(2*CO + 2)*Ci
+    for o in tl.static_range(CO):
+        tl.store(sums + o*Ci + i, tl.sum(gw[o], 1, keep_dims=True), mask=i < Ci)
+        tl.store(sums + (CO + 2 + o)*Ci, tl.sum(gb[o]))
+    tl.store(sums + CO*Ci + i, tl.sum(gscale, 1, keep_dims=True), mask=i < Ci)
+    tl.store(sums + (CO + 1)*Ci + i, tl.sum(gshift, 1, keep_dims=True), mask=i < Ci)
+
+class Head(torch.autograd.Function):
+    "A 1×1 convolution with a few outputs and a bias, in float32."
+    @staticmethod
+    def forward(ctx, x, scale, shift, weight, bias, relu):
+        (N, Ci, H, W), Co = x.shape, weight.shape[0]
+        ctx.options = dict(CO=Co, BCI=_padded(Ci), BP=64, AFFINE=scale is not None, RELU=relu)
+        tiles, out = triton.cdiv(H*W, ctx.options['BP']), new(x, N, Co, H, W, dtype=torch.float32)
+        _head_forward[(tiles, N)](x, scale, shift, weight, bias, out, Ci, H*W, x.stride(0), **ctx.options)
+        ctx.save_for_backward(x, scale, shift, weight)
+        ctx.tiles = tiles
+        return out
+
+    @staticmethod
+    def backward(ctx, g):
+        x, scale, shift, weight = ctx.saved_tensors
+        (N, Ci, H, W), Co = x.shape, weight.shape[0]
+        programs = min(N*ctx.tiles, 4*SMS)
+        gx, sums = new(x, N, Ci, H, W), new(x, programs, 2*Co + 2, Ci, dtype=torch.float32)
+        _head_backward[(programs,)](g.contiguous(), x, scale, shift, weight, gx, sums, Ci, H*W, x.stride(0), ctx.tiles, N*ctx.tiles, **ctx.options)
+        gweight, gscale, gshift, gbias = sums.sum(0).split([Co, 1, 1, Co])
+        return gx, *((None, None) if scale is None else (gscale[0], gshift[0])), gweight.view(weight.shape), gbias[:, 0].contiguous(), None
 
 # %% ../nbs/05_kernels.ipynb #6df97379
 @triton.jit
@@ -814,15 +892,15 @@ def ready(x: Pending) -> Tensor:
     if x.scale is None and not x.relu and x.up == 1: return x.raw
     return Add.apply((x.up,), x.relu, False, False, False, x.raw, x.scale, x.shift)
 
-def convolve(x: Pending, conv: nn.Conv2d) -> Pending:
-    "The raw map with its sums, by the kernel that fits."
-    weight = conv.weight
-    if conv.groups > 1: raw, stats = Depthwise.apply(x.raw, x.scale, x.shift, None, None, None, weight, x.relu, conv.stride[0])
+def convolve(x: Pending, conv: nn.Conv2d, shared: bool = False):
+    "The raw map with its sums, by the kernel that fits; `shared`: and the map that it read, for the next reader."
+    weight, again = conv.weight, [x.raw]
+    if conv.groups > 1: raw, stats, *again = Depthwise.apply(x.raw, x.scale, x.shift, None, None, None, weight, x.relu, conv.stride[0], shared)
     elif conv.kernel_size == (1, 1) and _padded(weight.shape[0])*_padded(weight.shape[1])*x.raw.element_size() <= BIG:
-        raw, stats = Pointwise.apply(x.raw, x.scale, x.shift, weight, x.relu, False)
+        raw, stats, *again = Pointwise.apply(x.raw, x.scale, x.shift, weight, x.relu, shared)
     elif conv.kernel_size == (3, 3) and x.scale is None and not x.raw.requires_grad: raw, stats = Dense.apply(x.raw, weight.contiguous(), conv.stride[0])
     else: raw, stats = Sums.apply(F.conv2d(ready(x), weight.to(x.raw.dtype), stride=conv.stride, padding=conv.padding).contiguous())   # channels-last weights give such maps
-    return Pending(raw, stats=stats)
+    return (Pending(raw, stats=stats), *again) if shared else Pending(raw, stats=stats)
 
 def normalise(x: Pending, bn: nn.BatchNorm2d) -> Pending:
     "What the map waits for, from its sums."
@@ -833,7 +911,7 @@ def normalise(x: Pending, bn: nn.BatchNorm2d) -> Pending:
 # %% ../nbs/05_kernels.ipynb #ffb27804
 def layers_of(module):
     "Convolutions, norms, activations, enlargements, one after the other."
-    if isinstance(module, (nn.Sequential, nn.ModuleList)):
+    if isinstance(module, (nn.Sequential, nn.ModuleList, list)):
         for part in module: yield from layers_of(part)
     elif isinstance(module, ConvUnit):
         yield module.conv; yield module.bn
@@ -851,6 +929,16 @@ def run(module, x) -> Pending:
         else: assert isinstance(layer, nn.Identity), layer
     return x
 
+def readers(chains, x: Tensor, more: bool = False):
+    "What each chain makes of one map; with `more`, the map for yet another reader. A first kernel hands the map on, and adds the gradient that comes back by that way as it writes its own: PyTorch would read both again."
+    found = []
+    for k, chain in enumerate(chains, 1):
+        first, *others = layers_of(chain)
+        if isinstance(first, nn.Conv2d) and (more or k < len(chains)): y, x = convolve(Pending(x), first, shared=True)
+        else: y = run([first], x)
+        found.append(run(others, y))
+    return (found, x) if more else found
+
 def weigh(block, maps):
     "A conditional-channel-weighting block."
     n, cross = len(maps), block.cross_resolution_weighting
@@ -867,16 +955,17 @@ def weigh(block, maps):
 
 def fuse(module, maps):
     "As `LiteHRModule.fuse`: branch 0 counts twice, and all others see its fused map."
-    out = []
-    for target, paths in enumerate(module.fuse_layers):
-        terms = [run(path, x) for path, x in zip(paths, maps)]
-        flat = [t for x in terms for t in (x.raw, x.scale, x.shift)]
-        result = Add.apply(tuple(x.up for x in terms), False, True, target == 0, True, *flat)
-        if target == 0:
-            total, result = result
-            maps = [total, *maps[1:]]
-        out.append(result)
-    return out
+    n, terms, maps = len(maps), {}, list(maps)
+    paths = lambda source: {(target, source): layers[source] for target, layers in enumerate(module.fuse_layers) if target != source}
+    def add(target):
+        found = [terms.get((target, source), Pending(maps[source])) for source in range(n)]
+        return Add.apply(tuple(x.up for x in found), False, True, target == 0, True, *[t for x in found for t in (x.raw, x.scale, x.shift)])
+    for source in range(1, n):
+        found, maps[source] = readers(paths(source).values(), maps[source], more=True)
+        terms |= zip(paths(source), found)
+    maps[0], first = add(0)
+    terms |= zip(paths(0), readers(paths(0).values(), maps[0]))
+    return [first, *[add(target) for target in range(1, n)]]
 
 def stem(module, image):
     x = run(module.conv1, image)
@@ -889,7 +978,9 @@ def stem(module, image):
 def backbone(net, image):
     maps = [stem(net.stem, image)]
     for change, stage in ((net.transition0, net.stage0), (net.transition1, net.stage1), (net.transition2, net.stage2)):
-        maps = [ready(run(layer, x)) for layer, x in zip(change, [*maps, maps[-1]])]
+        *finer, last = maps
+        own, others = change[:len(finer)], change[len(finer):][::-1]   # the coarsest map goes on, and makes a new branch: its own layer last
+        maps = [ready(x) for x in (*map(run, own, finer), *readers(others, last)[::-1])]
         for module in stage:
             for block in module.layers: maps = weigh(block, maps)
             maps = fuse(module, maps)
@@ -913,9 +1004,6 @@ def forward(
     maps = backbone(model.backbone, image.to(dtype).contiguous())
     with torch.autocast(image.device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False): maps = [x.contiguous() for x in model.context(maps)]
     features = neck(model.neck, maps)
-    outputs = {}
-    for name, head in model.heads.items():
-        x = run(head.hidden, features)
-        out, _ = Pointwise.apply(x.raw, x.scale, x.shift, head.out.weight, x.relu, True)
-        outputs[name] = out + head.out.bias[:, None, None]
+    hidden = readers([head.hidden for head in model.heads.values()], features)
+    outputs = {name: Head.apply(x.raw, x.scale, x.shift, head.out.weight, head.out.bias, x.relu) for (name, head), x in zip(model.heads.items(), hidden)}
     return outputs | {'valid': model.valid_cells(image)}

@@ -64,13 +64,29 @@ def test_sums_of_slopes_are_those_of_what_memory_keeps(stride):
     torch.testing.assert_close(gscale.double(), (slope*x.double()).sum((0, 2, 3)), rtol=1e-4, atol=1e-4*slope.abs().sum().item())
 
 
-@pytest.mark.parametrize('inputs, outputs, affine, exact', [(5, 7, False, False), (20, 40, True, False), (16, 1, True, True), (300, 37, False, False), (37, 300, True, False)])
-def test_pointwise(inputs, outputs, affine, exact):
+@pytest.mark.parametrize('inputs, outputs, affine', [(5, 7, False), (20, 40, True), (300, 37, False), (37, 300, True)])
+def test_pointwise(inputs, outputs, affine):
     x, weight = random(2, inputs, 8, 12), random(outputs, inputs, 1, 1)
     scale, shift = (random(inputs), random(inputs)) if affine else (None, None)
-    mine, parts = kernels.Pointwise.apply(x, scale, shift, weight, affine, exact)
+    mine, parts = kernels.Pointwise.apply(x, scale, shift, weight, affine)
     y = F.conv2d(activated(x, scale, shift, affine), weight)
     assert_same((mine, parts.sum(-1)), (y, sums(y).sum(-1)), [x, scale, shift, weight])
+
+
+@pytest.mark.parametrize('outputs, affine', [(1, True), (4, True), (2, False)])
+def test_head(outputs, affine):
+    x, weight, bias = random(3, 20, 8, 12), random(outputs, 20, 1, 1), random(outputs)
+    scale, shift = (random(20), random(20)) if affine else (None, None)
+    assert_same(kernels.Head.apply(x, scale, shift, weight, bias, affine), F.conv2d(activated(x, scale, shift, affine), weight, bias), [x, scale, shift, weight, bias])
+
+
+def test_readers_of_one_map():
+    "Each kernel adds the next reader's gradient to its own."
+    conv = lambda *size, **options: torch.nn.Conv2d(*size, bias=False, **options).to(DEVICE)
+    chains, x = [[conv(6, 5, 1)], [conv(6, 6, 3, stride=2, padding=1, groups=6)], [torch.nn.Identity()], [conv(6, 6, 3, padding=1, groups=6), conv(6, 3, 1)]], random(2, 6, 8, 16)
+    *mine, last = *(found := kernels.readers(chains, x, more=True))[0], found[1]
+    weights = [p for chain in chains for layer in chain for p in layer.parameters()]
+    assert_same([*[y.raw for y in mine], last], [*[torch.nn.Sequential(*chain)(x) for chain in chains], x], [x, *weights])
 
 
 @pytest.mark.parametrize('stride, height, width', [(2, 16, 24), (2, 7, 9), (1, 5, 8)])
