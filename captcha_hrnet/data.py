@@ -210,15 +210,12 @@ def make_sample(
 ) -> dict:
     "One training sample: the letterboxed picture and its points in input px."
     box = Letterbox(image.shape[1], image.shape[0], input_width, input_height)
-    decoys, mask = torch.zeros(max_decoys, 2), torch.zeros(max_decoys, dtype=torch.bool)
-    kept = np.asarray(label['decoys'], np.float64).reshape(-1, 2)[:max_decoys]
-    if len(kept): decoys[:len(kept)], mask[:len(kept)] = torch.tensor(letterbox(kept, box.params)).float(), True
-    point = lambda key: torch.tensor(letterbox(label[key], box.params)).float()
-    points = dict(gap_coords=point('gap'), slider_coords=point('slider'))
-    present = torch.stack([p.isfinite().all() for p in points.values()])
-    return dict(image=torch.from_numpy(letterbox_image(image, box)), **points, present=present,
-                **label['flags'], decoys=decoys, decoy_mask=mask, gap_angle=float(label['gap_angle']),
-                letterbox=torch.tensor(box.params), index=index)
+    known = np.array([label['gap'], label['slider'], *label['decoys'][:max_decoys]], np.float64)
+    points, there = np.zeros((2 + max_decoys, 2), np.float32), np.zeros(2 + max_decoys, bool)
+    points[:len(known)], there[:len(known)] = letterbox(known, box.params), np.isfinite(known).all(1)
+    arrays = dict(image=letterbox_image(image, box), gap_coords=points[0], slider_coords=points[1], present=there[:2],
+                  decoys=points[2:], decoy_mask=there[2:], letterbox=box.params)
+    return dict({key: torch.from_numpy(array) for key, array in arrays.items()}, **label['flags'], gap_angle=float(label['gap_angle']), index=index)
 
 # %% ../nbs/03_data.ipynb #b260e579
 log = logging.getLogger('captcha_hrnet')

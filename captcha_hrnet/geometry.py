@@ -73,7 +73,7 @@ def letterbox_image(
         image = cv2.resize(image, (w, h), interpolation=cv2.INTER_AREA if w < box.width else cv2.INTER_CUBIC)
     left, top = (int(v) for v in box.params[2:4])
     out = np.zeros((4, box.input_height, box.input_width), np.uint8)
-    out[:3, top:top+h, left:left+w] = image.transpose(2, 0, 1)
+    out[:3, top:top+h, left:left+w] = cv2.split(image)
     out[3, top:top+h, left:left+w] = 255
     return out
 

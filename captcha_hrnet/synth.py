@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'PARTS', 'POINTS', 'FULL_TURN', 'SHAPES', 'KNOBS', 'BACKGROUNDS', 'PHOTO_SUFFIXES', 'VALIDATION_SHARE',
-           'GAP_STYLES', 'SLIDER_STYLES', 'FACTORS', 'MAX_ANGLE', 'ARCS', 'ARC_POINTS', 'CHUNK', 'Streams', 'register',
-           'choose', 'chance', 'box_centre', 'unit', 'rotated', 'spaced', 'smoothed', 'to_cv2', 'coverage', 'polar',
-           'turn', 'jigsaw_outline', 'make_outline', 'palette', 'colourised', 'random_bytes', 'fractal_noise',
-           'photo_key', 'read_photo', 'PhotoFolder', 'with_light', 'add_grey', 'Stamp', 'hollow_out', 'perlin_noise',
-           'add_perlin', 'add_highlight', 'brighten_edge', 'paint_gap', 'paint_slider', 'roll_factors', 'Plan',
-           'picture_sizes', 'lay_out_scene', 'free_place', 'other_row', 'place_pieces', 'likeness', 'decoy_outline',
-           'add_decoys', 'make_plan', 'scaled', 'out_of_focus', 'colour_shifted', 'noisy', 'jpeg', 'apply_camera',
-           'measure_visibility', 'Sample', 'flags_of', 'finish', 'CaptchaSynth', 'contact_sheet', 'draw_labels',
-           'browse', 'part_path', 'image_name', 'write_chunk', 'start_worker', 'run_chunk', 'read_lines',
-           'chunks_to_do', 'close_split', 'claim_folder', 'default_workers', 'run_jobs', 'write_dataset', 'find_preset',
-           'main']
+           'PHOTO_MEMORY', 'GAP_STYLES', 'SLIDER_STYLES', 'FACTORS', 'MAX_ANGLE', 'ARCS', 'ARC_POINTS', 'CHUNK',
+           'Streams', 'register', 'choose', 'chance', 'box_centre', 'unit', 'rotated', 'spaced', 'smoothed', 'to_cv2',
+           'coverage', 'polar', 'turn', 'jigsaw_outline', 'make_outline', 'palette', 'one_colour', 'colourised',
+           'random_bytes', 'fractal_noise', 'photo_key', 'read_photo', 'PhotoFolder', 'with_light', 'add_grey', 'Stamp',
+           'hollow_out', 'perlin_noise', 'add_perlin', 'add_highlight', 'brighten_edge', 'paint_gap', 'paint_slider',
+           'roll_factors', 'Plan', 'picture_sizes', 'lay_out_scene', 'free_place', 'other_row', 'place_pieces',
+           'likeness', 'decoy_outline', 'add_decoys', 'make_plan', 'scaled', 'out_of_focus', 'colour_shifted', 'noisy',
+           'jpeg', 'apply_camera', 'measure_visibility', 'Sample', 'flags_of', 'finish', 'CaptchaSynth',
+           'contact_sheet', 'draw_labels', 'browse', 'part_path', 'image_name', 'write_chunk', 'start_worker',
+           'run_chunk', 'read_lines', 'chunks_to_do', 'close_split', 'claim_folder', 'default_workers', 'run_jobs',
+           'write_dataset', 'find_preset', 'main']
 
 # %% ../nbs/02_synth.ipynb #1de0122e
 import hashlib
@@ -29,7 +29,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from importlib import resources
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 
@@ -346,6 +346,15 @@ def palette(
     hsv[..., 2] = dark + (bright - dark) * u[..., 2]
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)[:, 0] * 255
 
+def one_colour(
+    height: int, width: int, # px
+    tint,                    # grey level or [3] RGB, 0..255
+) -> np.ndarray:             # uint8 [height, width, 3]
+    "A picture of one colour; row by row, as pixel by pixel is slow."
+    row = np.empty((1, width, 3), np.uint8)
+    row[:] = tint
+    return row.repeat(height, 0)
+
 def colourised(
     field: np.ndarray,        # uint8 [h, w]
     rng: np.random.Generator, # random numbers
@@ -515,8 +524,7 @@ def scene(rng, height, width):
 def motif(rng, height, width):
     "One tile, repeated, turned and scaled: wallpaper, fabric, bricks."
     side, tints = rng.uniform(0.12, 0.5) * height, palette(rng, 4)
-    tile = np.empty((int(side), int(side * rng.uniform(0.7, 2)), 3), np.uint8)
-    tile[:] = tints[0]
+    tile = one_colour(int(side), int(side * rng.uniform(0.7, 2)), tints[0])
     for tint in tints[1:1 + int(rng.integers(1, 4))].tolist():
         form = few_points(make_outline(choose(dict.fromkeys(SHAPES, 1.0), rng), rng)) * side * rng.uniform(0.3, 0.9)
         form, filled = form + random_points(rng, 1, *tile.shape[:2]), chance(rng, 0.7)
@@ -551,11 +559,10 @@ def blocks(rng, height, width):
     for tint, light in zip(palette(rng, count).astype(np.uint8), palette(rng, count).astype(np.uint8)):
         (x, y), (w, h) = rng.random(2) * (width, height), rng.uniform(0.08, 0.5, 2) * height
         box = picture[int(max(y - h / 2, 0)):int(y + h) + 1, int(max(x - w / 2, 0)):int(x + w) + 1]
-        box[:] = tint
-        if chance(rng, 0.6):
+        if not chance(rng, 0.6): box[:] = one_colour(*box.shape[:2], tint)
+        else:
             rows, columns, part = int(rng.integers(4, 20)), int(rng.integers(4, 20)), rng.uniform(0.3, 0.7)
-            tile = np.empty((rows, columns, 3), np.uint8)
-            tile[:] = tint
+            tile = one_colour(rows, columns, tint)
             tile[:int(rows * part) + 1, :int(columns * part) + 1] = light
             box[:] = cv2.copyMakeBorder(tile, 0, len(box), 0, box.shape[1], cv2.BORDER_WRAP)[:len(box), :box.shape[1]]
     return picture
@@ -570,6 +577,7 @@ def mosaic(rng, height, width):
 # %% ../nbs/02_synth.ipynb #4da46f5c
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 VALIDATION_SHARE = 0.1    # of a folder's photographs
+PHOTO_MEMORY = 200e6      # bytes of decoded photographs that a folder keeps: speed only, what is drawn does not depend on it
 
 def photo_key(
     path: Path, # an image file
@@ -579,12 +587,11 @@ def photo_key(
         digest = hashlib.sha256(b"%d:" % path.stat().st_size + file.read(1 << 16)).digest()
     return int.from_bytes(digest[:8], "big") / 2 ** 64
 
-@lru_cache(maxsize=64)    # decoded pictures: speed only, what is drawn does not depend on it
 def read_photo(
     path: Path,         # an image file
     longest: int = 900, # px, larger photographs are scaled down
 ):                      # uint8 [h, w, 3], or None when it cannot be read
-    "Decode a photograph; one that cannot be read is reported once."
+    "Decode a photograph; one that cannot be read is reported."
     try: content = np.fromfile(path, np.uint8)
     except OSError: content = np.zeros(0, np.uint8)
     picture = cv2.imdecode(content, cv2.IMREAD_COLOR) if len(content) else None
@@ -607,22 +614,35 @@ class PhotoFolder:
         files = sorted((p for p in root.rglob("*") if p.suffix.lower() in PHOTO_SUFFIXES), key=lambda p: p.relative_to(root).as_posix())
         keys = {p: photo_key(p) for p in files}
         self.paths = [p for p in files if (keys[p] < VALIDATION_SHARE) == (split == "val")]
+        self.kept, self.room = {}, PHOTO_MEMORY
         self.digest = hashlib.sha256(repr([(p.relative_to(root).as_posix(), k) for p, k in keys.items()]).encode()).hexdigest()[:16]
         if not self.paths:
             raise UserError(f"synth.background_dir: {folder}: {len(files)} photographs, of which none falls to '{split}' "
                             f"({VALIDATION_SHARE:.0%} are kept for validation, by content): add more ({', '.join(PHOTO_SUFFIXES)})")
 
+    def read(self, path):
+        "`read_photo`, once for as many as there is room to keep."
+        if path in self.kept: return self.kept[path]
+        photo = read_photo(path)
+        size = 0 if photo is None else photo.nbytes
+        if size <= self.room: self.kept[path] = photo; self.room -= size
+        return photo
+
     def draw(self, rng, height, width):
         "A random part of a random photograph: crop, flip, scale."
         start = int(rng.integers(len(self.paths)))
         size, at, flip = rng.uniform(0.45, 1.0), rng.random(2), chance(rng, 0.5)
-        photo = next((p for k in range(len(self.paths)) if (p := read_photo(self.paths[(start + k) % len(self.paths)])) is not None), None)
+        photo = next((p for k in range(len(self.paths)) if (p := self.read(self.paths[(start + k) % len(self.paths)])) is not None), None)
         if photo is None: raise UserError(f"synth.background_dir: none of the {len(self.paths)} photographs can be read")
         size *= min(photo.shape[0] / height, photo.shape[1] / width)
         h, w = max(1, int(height * size)), max(1, int(width * size))
         y, x = (at * (photo.shape[0] - h + 1, photo.shape[1] - w + 1)).astype(int)
-        part = cv2.resize(photo[y:y + h, x:x + w], (width, height), interpolation=cv2.INTER_AREA if size > 1 else cv2.INTER_CUBIC)
-        return np.ascontiguousarray(part[:, ::-1]) if flip else part
+        part = photo[y:y + h, x:x + w]
+        while size >= 2:                 # halves are quick; any other scale takes INTER_AREA five times as long as INTER_LINEAR
+            h, w, size = len(part) // 2, part.shape[1] // 2, size / 2
+            part = cv2.resize(part[:2 * h, :2 * w], (w, h), interpolation=cv2.INTER_AREA)
+        part = cv2.resize(part, (width, height), interpolation=cv2.INTER_LINEAR if size > 1 else cv2.INTER_CUBIC)
+        return cv2.flip(part, 1) if flip else part
 
 # %% ../nbs/02_synth.ipynb #81c4de76
 def with_light(
@@ -638,15 +658,16 @@ def with_light(
     if light:
         gain = cv2.resize(rng.uniform(70, 150, (2, 3)).astype(np.uint8), (width, height), interpolation=cv2.INTER_LINEAR)
         picture = cv2.multiply(picture, cv2.merge([gain] * 3), scale=1 / 128)
+    table = np.arange(256, dtype=np.uint8).repeat(3).reshape(256, 1, 3)
     if tone:
         ramp = np.linspace(0, 1, 256)[:, None] ** np.exp(rng.uniform(-0.5, 0.5) + rng.uniform(-0.15, 0.15, 3))
         low, high = rng.uniform(-30, 60), rng.uniform(190, 280)
-        picture = cv2.LUT(picture, np.clip(low + (high - low) * ramp, 0, 255).astype(np.uint8)[:, None])
+        table = np.clip(low + (high - low) * ramp, 0, 255).astype(np.uint8)[:, None]
     if contrast:
-        mean, spread = cv2.meanStdDev(picture[::3, ::3])
+        mean, spread = cv2.meanStdDev(cv2.LUT(picture[::3].take(range(0, width, 3), 1), table))
         gain = np.clip(rng.uniform(30, 90) / max(spread.mean(), 1), 1, 4)       # photographs spread by 20 to 80 of 255; most drawings by less
-        picture = cv2.LUT(picture, np.clip(mean.T + gain * (np.arange(256)[:, None] - mean.T), 0, 255).astype(np.uint8)[:, None])
-    return picture
+        table = cv2.LUT(table, np.clip(mean.T + gain * (np.arange(256)[:, None] - mean.T), 0, 255).astype(np.uint8)[:, None])
+    return cv2.LUT(picture, table) if tone or contrast else picture      # both curves in one pass
 
 def add_grey(
     picture: np.ndarray, # uint8 [h, w, 3]
@@ -693,14 +714,17 @@ class Stamp:
 
     @cached_property
     def depth(self):
-        "Distance from the edge in px, float32 [h, w]: positive inside, negative outside."
-        line = np.full((self.size[0] * 2, self.size[1] * 2), 255, np.uint8)
-        cv2.polylines(line, [to_cv2(self.outline, 2)], True, 0, 1, cv2.LINE_8, 6)
-        away = cv2.resize(cv2.distanceTransform(line, cv2.DIST_L2, 5), self.size[::-1], interpolation=cv2.INTER_AREA) / 2
-        near = self.mask - np.float32(0.5)
-        depth = np.copysign(away, near)
+        "Distance from the edge in px, float32 [h, w]: positive inside, negative outside; -9 more than 5 px outside of the outline's box."
+        whole = np.full(self.size, -9, np.float32)
+        left, top, right, bottom = [*np.maximum(self.outline.min(0) - 5, 0).astype(int), *self.outline.max(0).astype(int) + 6]
+        depth, near = whole[top:bottom, left:right], self.mask[top:bottom, left:right] - np.float32(0.5)
+        height, width = near.shape
+        line = np.full((height * 2, width * 2), 255, np.uint8)
+        cv2.polylines(line, [to_cv2(self.outline - (left, top), 2)], True, 0, 1, cv2.LINE_8, 6)
+        away = cv2.resize(cv2.distanceTransform(line, cv2.DIST_L2, 5), (width, height), interpolation=cv2.INTER_AREA) / 2
+        np.copysign(away, near, out=depth)
         np.copyto(depth, near, where=np.abs(near) < 0.5)      # a pixel that the edge crosses: its coverage says more
-        return depth
+        return whole
 
     def line(self, width, inward=0.0):
         "Mask of a line of `width` px along the edge, its middle `inward` px inside."
@@ -848,8 +872,7 @@ def perlin_noise(
         corner = np.ix_(row + j, column + i)
         return along[corner] * (dx - i) + down[corner] * (dy - j)
     fade_x, fade_y = (t * t * t * (t * (t * 6 - 15) + 10) for t in (dx, dy))
-    top = slope(0, 0) + fade_x * (slope(1, 0) - slope(0, 0))
-    bottom = slope(0, 1) + fade_x * (slope(1, 1) - slope(0, 1))
+    top, bottom = (left + fade_x * (slope(1, j) - left) for j in (0, 1) for left in [slope(0, j)])
     field = cv2.convertScaleAbs(top + fade_y * (bottom - top) + 0.8, None, 160)    # 127 / 160 is about 0.8
     return cv2.resize(field, (width, height), interpolation=cv2.INTER_CUBIC)
 
@@ -1354,8 +1377,7 @@ class CaptchaSynth:
         x0, y0, x1, y1 = plan.scene
         scene = with_light((self.photos.draw if name == "photo" else BACKGROUNDS[name])(rng, y1 - y0, x1 - x0), rng)
         if scene.shape[:2] == plan.drawn[::-1]: return scene, name
-        canvas = np.empty((plan.drawn[1], plan.drawn[0], 3), np.uint8)
-        canvas[:] = (255, 240, palette(rng, 1)[0], rng.uniform(0, 60))[int(rng.integers(4))]
+        canvas = one_colour(*plan.drawn[::-1], (255, 240, palette(rng, 1)[0], rng.uniform(0, 60))[int(rng.integers(4))])
         canvas[y0:y1, x0:x1] = scene
         return canvas, name
 
