@@ -229,7 +229,7 @@ class Exported(nn.Module):
             image, boxes = letterbox_graph(image, self.size)
             image = image[:, :self.model.in_channels]/255
         outputs = self.model(image)
-        found = outputs if self.form == 'maps' else decode_outputs(outputs, self.model.codec, **self.model.decode_options)
+        found = outputs if self.form == 'maps' else decode_outputs(outputs, self.model.codec, calibration=self.model.calibration, **self.model.decode_options)
         if boxes is None: return tuple(found[name] for name in self.names)
         home = lambda name, value: (value - boxes[:, 2:4])/boxes[:, 0:2] if name.endswith(('coords', 'candidates')) else value
         return tuple(home(name, found[name])[0] for name in self.names)
@@ -263,7 +263,7 @@ def to_onnx(
 def describe(model, form: str, precision: str = 'float32') -> dict[str, str]:
     "What the file says about itself."
     frame = 'px of the picture that goes in' if form == 'whole' else "px of the network's input"
-    return dict(captcha_hrnet=__version__, form=form, precision=precision, input_size=json.dumps(input_size(model)), config=json.dumps(model.config),
+    return dict(captcha_hrnet=__version__, form=form, precision=precision, input_size=json.dumps(input_size(model)), config=json.dumps(model.config), calibration=json.dumps(model.calibration.tolist()),
                 frame=f'x to the right, y down, in {frame}; (0, 0) is the outer corner of the top-left pixel')
 
 # %% ../nbs/14_export.ipynb #0a278728
@@ -325,7 +325,7 @@ def answers_of(
     found: dict,         # arrays or tensors by name, of one input
 ) -> np.ndarray:         # [N, 6] gap x, y, slider x, y, in px of the form's frame, gap score, slider score
     "The points that an answer holds, or that its maps decode to, and how sure it is of them."
-    if form == 'maps': found = decode_outputs({name: torch.as_tensor(found[name]) for name in MAPS}, model.codec, **model.decode_options)
+    if form == 'maps': found = decode_outputs({name: torch.as_tensor(found[name]) for name in MAPS}, model.codec, calibration=model.calibration, **model.decode_options)
     columns = [np.asarray(found[f'{name}_coords']).reshape(-1, 2) for name in ('gap', 'slider')] + [np.asarray(found[f'{name}_score']).reshape(-1, 1) for name in ('gap', 'slider')]
     return np.concatenate(columns, 1)
 

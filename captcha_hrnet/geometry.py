@@ -128,12 +128,12 @@ def peaks(self: HeatmapCodec,
     logits: Tensor,        # [B, 1, rows, columns]
     valid: Tensor,         # bool [B, 1, rows, columns], True where a cell holds any picture pixel
     k: int = 1,            # candidates a picture, 1 … rows*columns
-) -> tuple[Tensor, Tensor]:  # score float32 [B, k] in [0, 1], falling; cell int64 [B, k, 2] (column, row)
+) -> tuple[Tensor, Tensor]:  # logit float32 [B, k], falling, -inf where there are no more peaks; cell int64 [B, k, 2] (column, row)
     "The k best local maxima of each heat map, in float32."
     logits = logits.float().masked_fill(~valid, -torch.inf)
     top = F.max_pool2d(logits, 3, stride=1, padding=1) == logits
     logits = logits.masked_fill(~top, -torch.inf)
     best, index = logits.flatten(1).topk(k)
-    return best.sigmoid(), torch.stack([index % logits.shape[-1], index // logits.shape[-1]], -1)
+    return best, torch.stack([index % logits.shape[-1], index // logits.shape[-1]], -1)
 
 HeatmapCodec.peaks = peaks

@@ -34,7 +34,7 @@ class Prediction:
     image: str                                        # what it is called: its path, or its place in the batch
     gap: tuple[float, float] | None = None            # x, y, px; None: no peak reaches the threshold
     slider: tuple[float, float] | None = None         # likewise
-    gap_score: float | None = None                    # of the best peak, in [0, 1], whether it reaches the threshold or not
+    gap_score: float | None = None                    # of the best peak, in [0, 1], whether it reaches the threshold or not; calibrated: the probability that the point is there and within 5 px of the truth
     slider_score: float | None = None                 # likewise
     candidates: dict = field(default_factory=dict)    # gap, slider: the best peaks, best first, as (x, y, score)
     error: str | None = None                          # why there is no answer
@@ -171,7 +171,7 @@ class Predictor:
     def __init__(self,
         weights='pretrained',     # what `load_model` takes: path of a checkpoint, 'pretrained', 'pretrained-fast'; or a network from it
         device: str = 'auto',     # auto, cpu, cuda, cuda:N or mps
-        threshold: float = NONE_BELOW,    # in [0, 1]: a point with a lower score is none
+        threshold: float = NONE_BELOW,    # in [0, 1]: a point with a lower score is none; of a calibrated network, a probability
         batch_size: int = 32,     # pictures that the network sees at once, ≥ 1
         flip: bool = False,       # average with the picture upside down: twice the time
     ):

@@ -6,11 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from captcha_hrnet.config import Config, run_command
+from captcha_hrnet.config import Config, UserError, run_command
 from captcha_hrnet.data import write_coco
-from captcha_hrnet.engine import save_checkpoint
-from captcha_hrnet.evaluate import Evaluation, evaluation_page, label_values, main, open_data, paired_test, width_groups
-from captcha_hrnet.model import create_lite_hrnet_18_fpn
+from captcha_hrnet.engine import TrainingEngine, load_checkpoint, make_ema, save_checkpoint
+from captcha_hrnet.evaluate import LEAST, Evaluation, calibrate, evaluate, evaluation_page, fit_calibration, label_values, logits_of, main, open_data, paired_test, score_metrics, scored_points, width_groups
+from captcha_hrnet.model import create_lite_hrnet_18_fpn, load_model
+from captcha_hrnet.predict import Predictor
 from captcha_hrnet.synth import write_dataset
 from captcha_hrnet.validator import metrics_of, sample_errors
 
@@ -54,6 +55,7 @@ def test_captchas_that_lack_something_are_counted_apart(home, tmp_path, capsys):
     assert not run('--weights', home / '0.pth', '--data', tmp_path / 'data', '--out', tmp_path / 'out')
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (result['n'], result['without_gaps'], result['without_sliders']) == (12 - incomplete, gapless, bare)
+    assert [result['scores'][name]['n'] for name in ('gap', 'slider')] == [12, 12]      # a point that is not there counts as wrong
     report = json.loads((tmp_path / 'out/metrics.json').read_text())
     assert sum(group['n'] for group in report['by_width'].values()) == sum(group['n'] for group in report['by_shape'].values()) == 12 - incomplete
     assert f'Of the {gapless} captchas without a gap, {result["false_gaps"]:.1f} % are said to have one.' in (tmp_path / 'out/report.html').read_text()
@@ -121,6 +123,152 @@ def test_answers_that_are_no_numbers_give_no_p():
     a, b = random_errors(5, 0), random_errors(5, 1)
     b['error'][2] = np.nan
     assert np.isnan(paired_test(a, b, 10)['mae_px']['p'])
+
+
+# calibration
+
+sigmoid = lambda x: 1/(1 + np.exp(-x))
+
+
+@settings(max_examples=30)
+@given(slope=st.floats(.2, 5), intercept=st.floats(-2, 2), middle=st.floats(-3, 3), seed=st.integers(0, 10**6))
+def test_a_fit_finds_what_there_is(slope, intercept, middle, seed):
+    random = np.random.default_rng(seed)
+    logits = random.normal(middle, 2, 20_000)
+    chance = sigmoid(slope*logits + intercept)
+    right = random.random(20_000) < chance
+    if min(right.sum(), (~right).sum()) < 1000: return    # too little to be precise
+    a, b = fit_calibration(logits, right)
+    assert np.abs(sigmoid(a*logits + b) - chance).mean() < .03 and a == pytest.approx(slope, rel=.15, abs=.05)
+
+
+@settings(max_examples=150)
+@given(st.lists(st.tuples(st.floats(-40, 40), st.booleans()), min_size=2, max_size=80), st.floats(.01, 100), st.floats(-100, 100))
+def test_a_fit_is_the_best_or_an_error(points, scale, shift):
+    "Its gradient is zero; it does not depend on the scale of what it is given; and nothing makes it fail in another way."
+    logits, right = (np.array(column) for column in zip(*points))
+    try: slope, intercept = fit_calibration(logits, right)
+    except UserError as error:
+        assert min(right.sum(), (~right).sum()) < LEAST or 'all the same' in str(error) or 'not more often right' in str(error)
+        return
+    assert np.isfinite([slope, intercept]).all() and slope > 0
+    target = np.where(right, (right.sum() + 1)/(right.sum() + 2), 1/((~right).sum() + 2))
+    apart = sigmoid(np.clip(slope*logits + intercept, -500, 500)) - target
+    assert abs(apart.sum()) < 1e-5 and abs((apart*(logits - logits.mean())/logits.std()).sum()) < 1e-5
+    if np.ptp(logits) > .01:
+        again = fit_calibration(scale*logits + shift, right)
+        np.testing.assert_allclose(again[0]*(scale*logits + shift) + again[1], slope*logits + intercept, atol=1e-4)
+
+
+def test_scores_that_boast_are_brought_down():
+    random = np.random.default_rng(0)
+    score = sigmoid(random.normal(4, 2, 3000)).astype(np.float32)
+    points = {name: (score, random.random(3000) < sigmoid(.5*logits_of(score) - 1)) for name in ('gap', 'slider')}
+    model = create_lite_hrnet_18_fpn(SMALL.model)
+    after = calibrate(model, points)
+    before, now = score_metrics(points)['gap'], score_metrics(after)['gap']
+    assert before['ece'] > .2 and now['ece'] < .03 and now['brier'] < before['brier'] and now['n'] == before['n'] == 3000
+    assert (np.diff(after['gap'][0][np.argsort(score, kind='stable')]) >= 0).all()
+    np.testing.assert_allclose(model.calibration, [[.5, -1]]*2, atol=.1)
+    calibrate(model, {name: (after[name][0].astype(np.float32), points[name][1]) for name in points})     # on top of that there is nothing to do
+    np.testing.assert_allclose(model.calibration, [[.5, -1]]*2, atol=.1)
+
+
+def test_a_point_that_cannot_be_fitted_keeps_its_scores(caplog):
+    random, model = np.random.default_rng(0), create_lite_hrnet_18_fpn(SMALL.model)
+    score = random.random(400)
+    points = dict(gap=(score, random.random(400) < .5*score), slider=(score, np.ones(400, bool)))
+    after = calibrate(model, points)
+    assert model.calibration[1].tolist() == [1, 0] and model.calibration[0].tolist() != [1, 0] and 'slider: 400 right and 0 wrong points' in caplog.text
+    np.testing.assert_allclose(after['slider'][0], score, atol=1e-6)
+    with pytest.raises(UserError, match='nothing to calibrate with: gap: 400 right and 0 wrong points; at least 5'): calibrate(model, dict(gap=points['slider']))
+
+
+@settings(max_examples=30)
+@given(st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=1, max_size=100))
+def test_what_scores_are_worth_has_bounds(points):
+    score, right = (np.array(column) for column in zip(*points))
+    found = score_metrics(dict(a=(score, right)))['a']
+    assert 0 <= found['ece'] <= 1 and 0 <= found['brier'] <= 1 and found['n'] == len(score)
+    assert score_metrics(dict(a=(right.astype(float), right)))['a'] | dict(right=0) == dict(n=len(score), right=0, ece=0, brier=0)
+
+
+def settled(path):
+    "A checkpoint of a network whose norms have seen pictures, so that its answers lie in them."
+    torch.manual_seed(0)
+    model = create_lite_hrnet_18_fpn(SMALL.model)
+    for part in model.modules():
+        if isinstance(part, torch.nn.BatchNorm2d): part.momentum = 1.
+    with torch.no_grad(): model(torch.randint(0, 256, (8, 4, 64, 64), dtype=torch.uint8))
+    save_checkpoint(path, dict(model_state_dict=model.state_dict(), config=SMALL.to_dict()))
+    return path
+
+
+def agreeing(folder, weights, count=40):
+    "A data folder that a network is right about more often the surer it is: its own answers are the truth, or are not."
+    write_dataset(SMALL.synth, 9, str(folder), train=0, val=count, workers=1)
+    file, model, random = folder / 'val/labels.jsonl', load_model(weights), np.random.default_rng(0)
+    with open_data(folder, input_width=64, input_height=64) as dataset: predictions = evaluate(model, dataset, resamples=0).predictions
+    records = [json.loads(line) for line in open(file)]
+    for column, name in ((0, 'gap'), (1, 'slider')):
+        rank = predictions.scores[:, column].argsort().argsort()/count
+        for record, found, true in zip(records, predictions.found[:, 2*column:2*column + 2], random.random(count) < rank):
+            size = np.array([record['width'], record['height']])
+            record[name] = np.clip(found if true else (found + size/2) % size, .5, size - .5).tolist()
+    file.write_text(''.join(json.dumps(record) + '\n' for record in records))
+    return folder
+
+
+def test_calibrating_from_the_command_line(tmp_path, capsys):
+    weights, new = settled(tmp_path / 'net.pth'), tmp_path / 'new/calibrated.safetensors'
+    data = agreeing(tmp_path / 'data', weights)
+    assert not run('--weights', weights, '--data', data, '--calibrate', new, '--out', tmp_path / 'out')
+    out = capsys.readouterr().out
+    said = json.loads(out.splitlines()[-1])
+    assert 'gap, calibrated' in out and str(new) in out and said == json.loads((tmp_path / 'out/metrics.json').read_text())
+    assert '>calibrated<' in (tmp_path / 'out/report.html').read_text()      # the second curve
+    model = load_model(new)
+    assert model.calibration.tolist() == [said['calibration'][name] for name in ('gap', 'slider')] != [[1, 0], [1, 0]]
+    assert model.config == load_model(weights).config and '40 captchas' in model.facts['calibrated_on']
+    assert list(new.parent.iterdir()) == [new]
+    for name in ('gap', 'slider'):
+        before, after = said['scores'][name], said['calibrated_scores'][name]
+        assert after['brier'] < before['brier'] and after['ece'] < before['ece'] and before['n'] == after['n'] == 40
+    assert not run('--weights', new, '--data', data)       # the file gives what was promised
+    again = json.loads(capsys.readouterr().out.splitlines()[-1])
+    for name in ('gap', 'slider'): assert again['scores'][name]['brier'] == pytest.approx(said['calibrated_scores'][name]['brier'], abs=1e-4)
+    with open_data(data, input_width=64, input_height=64) as dataset: sure = evaluate(model, dataset, resamples=0)
+    answers = Predictor(model, 'cpu', 0.)([str(data / 'val' / name) for name in sure.predictions.names])
+    np.testing.assert_allclose([[answer.gap_score, answer.slider_score] for answer in answers], sure.predictions.scores, atol=2e-3)
+
+
+@pytest.mark.parametrize('arguments, said', [
+    (['--calibrate', 'new.pth'], '--calibrate new.pth: the name must end in .safetensors'),
+    (['--calibrate', 'there.safetensors'], '--calibrate there.safetensors: is there already'),
+    (['--calibrate', 'coco.json/new.safetensors'], "--calibrate: value 'coco.json': must be a folder"),
+    (['--calibrate', 'new.safetensors', '--compare', '1.pth'], '--calibrate: one network at a time'),
+    (['--calibrate', 'new.safetensors'], 'nothing to calibrate with: gap: '),
+])
+def test_what_cannot_be_calibrated_is_told(home, monkeypatch, capsys, arguments, said):
+    monkeypatch.chdir(home)
+    (home / 'there.safetensors').touch()
+    assert run('--weights', '0.pth', '--data', 'data', *arguments) == 1
+    error = capsys.readouterr().err
+    assert said in error and error.startswith('error: ') and len(error.splitlines()) == 1 and not (home / 'new.safetensors').exists()
+
+
+def test_training_keeps_a_calibration_and_reads_files_without_one(tmp_path):
+    model = create_lite_hrnet_18_fpn(SMALL.model)
+    model.calibration.copy_(torch.tensor([[.7, -1.3], [1.1, .2]]))
+    ema = make_ema(model, .9)
+    for _ in range(5): ema.update_parameters(model)
+    assert torch.equal(ema.module.calibration, model.calibration)
+    engine = TrainingEngine(create_lite_hrnet_18_fpn(SMALL.model), SMALL, 'cpu')
+    state = engine.state_dict()
+    for key in ('model_state_dict', 'ema_state_dict'): del state[key]['calibration']
+    save_checkpoint(tmp_path / 'old.pth', state)
+    engine.load_state_dict(load_checkpoint(tmp_path / 'old.pth'))
+    for part in (engine.model, engine.ema.module): assert part.calibration.tolist() == [[1, 0], [1, 0]]
 
 
 # groups
@@ -223,7 +371,7 @@ def page_of(names, **options):
         predictions = Predictions(rows, Nothing(names), name=name)
         predictions.picture = lambda row: np.full((64, 160, 3), 90, np.uint8)
         metrics = group_metrics(rows, 20)
-        return Evaluation(name, predictions, metrics, dict(flag={}, width={'160 px': metrics}, shape={names[0]: metrics}), [(3, names[0])])
+        return Evaluation(name, predictions, metrics, dict(flag={}, width={'160 px': metrics}, shape={names[0]: metrics}), [(3, names[0])], scored_points([rows]))
     a, b = evaluation('<u>first</u>', 0), evaluation('second', 1)
     return evaluation_page(a, b, paired_test(a.predictions.errors, b.predictions.errors, 20), 'Mine & <yours>', **options)
 

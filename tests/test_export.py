@@ -127,9 +127,25 @@ def test_whole_answers_as_the_predictor_where_nothing_is_resized(model):
     assert found['gap_candidates'].shape == (5, 2) and found['gap_score'].item() == pytest.approx(answer.gap_score, abs=1e-5)
 
 
+@pytest.mark.parametrize('form', module.FORMS)
+def test_a_calibration_is_exported(form):
+    model, pictures = network(same_row=True), check_pictures(6)
+    inputs = list(module.inputs_for(model, form, pictures))
+    plain = module.reference_answers(model, form, inputs)
+    model.calibration.copy_(torch.tensor([[.6, -1.1], [1.7, .4]]))
+    expected, content = module.reference_answers(model, form, inputs), to_onnx(model, form)
+    assert (expected[:, :4] == plain[:, :4]).all() and (np.abs(expected[:, 4:] - plain[:, 4:]).max(0) > .1).all()
+    for runtime in RUNTIMES:
+        found = np.concatenate([module.answers_of(model, form, runner(content, runtime, 1)(image)) for image in inputs])
+        np.testing.assert_allclose(found[:, 4:], expected[:, 4:], atol=1e-4)
+        assert not np.isnan(found).any()
+    said = {entry.key: entry.value for entry in onnx.load_from_string(content).metadata_props}
+    np.testing.assert_allclose(json.loads(said['calibration']), [[.6, -1.1], [1.7, .4]], rtol=1e-6)
+
+
 def test_the_file_says_what_it_is(model, points):
     said = {entry.key: entry.value for entry in onnx.load_from_string(points).metadata_props}
-    assert set(said) == {'captcha_hrnet', 'form', 'precision', 'input_size', 'config', 'frame'}
+    assert set(said) == {'captcha_hrnet', 'form', 'precision', 'input_size', 'config', 'calibration', 'frame'}
     assert said['input_size'] == f'[{H}, {W}]' and said['precision'] == 'float32' and Config.from_dict(json.loads(said['config'])) == CONFIG
 
 

@@ -25,7 +25,7 @@ def home(tmp_path_factory):
     good = torch.load(checkpoint(home/'good.pth'), weights_only=True)
     weights, config = good['model_state_dict'], good['config']
     for name, changed in (('nan', dict(model_state_dict={key: value*torch.nan for key, value in weights.items()})), ('newer', dict(config=config | dict(model=config['model'] | dict(rows=3)))),
-                          ('other', dict(model_state_dict=dict([*weights.items()][1:])))): torch.save(good | changed, home/f'{name}.pth')
+                          ('other', dict(model_state_dict=dict([*weights.items()][:-1])))): torch.save(good | changed, home/f'{name}.pth')
     torch.save(weights, home/'bare.pth')
     (home/'torn.pth').write_bytes((home/'good.pth').read_bytes()[:200_000])
     (home/'text.pth').write_text('hello\n')

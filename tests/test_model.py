@@ -14,7 +14,7 @@ from captcha_hrnet.config import Config, UserError, load_config
 from captcha_hrnet.geometry import HeatmapCodec
 from captcha_hrnet.model import (BACKBONES, SHIPPED, CaptchaKeypointNet, CrossResolutionWeighting, LiteFPN, backbone_tensors, best_pair,
                                  channel_shuffle, create_backbone, create_lite_hrnet_18_fpn, dark_offset, load_model, model_table,
-                                 shipped_weights)
+                                 save_weights, shipped_weights)
 from captcha_hrnet.predict import Predictor
 from captcha_hrnet.synth import CaptchaSynth, find_preset
 
@@ -314,9 +314,9 @@ def test_padding_never_wins(net, seed, decode, same_row, top, left, height, widt
         low, high = torch.tensor([left, top]), torch.tensor([min(16, left + width), min(8, top + height)])
         reach = 3 if decode == 'soft_argmax' else 1  # cells that a refinement may add
         assert (cell >= low - reach).all() and (cell <= high + reach).all()
-    scores, cell = net.codec.peaks(heats[0], valid, 1)
+    logits, cell = net.codec.peaks(heats[0], valid, 1)
     assert valid[torch.arange(2), 0, cell[:, 0, 1], cell[:, 0, 0]].all()
-    if not same_row: assert torch.equal(found['gap_score'], scores[:, 0])
+    if not same_row: assert torch.equal(found['gap_score'], logits[:, 0].sigmoid())
 
 
 @settings(max_examples=40, deadline=None)
@@ -380,6 +380,59 @@ def test_best_pair_is_the_best(seed, k):
         scores = {(i, j): gs[b, i].item()*ss[b, j].item()*np.exp(-(gp[b, i, 1] - sp[b, j, 1]).item()**2/128)
                   for i in range(k) for j in range(k)}
         assert scores[gap[b].item(), slider[b].item()] == pytest.approx(max(scores.values()), rel=1e-4)
+
+
+# calibration
+
+IDENTITY = torch.tensor([[1., 0.], [1., 0.]])
+
+
+@pytest.fixture
+def other(net):
+    "The network for as long as a test lasts, then as it was."
+    yield net
+    net.calibration.copy_(IDENTITY)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), numbers=st.tuples(*[st.floats(.05, 20), st.floats(-10, 10)]*2), decode=st.sampled_from(DECODERS), same_row=st.booleans())
+def test_a_calibration_changes_scores_and_no_answer(net, seed, numbers, decode, same_row):
+    generator = torch.Generator().manual_seed(seed)
+    outputs = outputs_of(*[3*torch.randn(2, 1, 8, 16, generator=generator) for _ in range(2)])
+    how = dict(decode=decode, same_row=same_row, top_k=40)     # more than there are peaks
+    before = net.decode_predictions(outputs, **how)
+    net.calibration.copy_(torch.tensor(numbers).view(2, 2))
+    try: after = net.decode_predictions(outputs, **how)
+    finally: net.calibration.copy_(IDENTITY)
+    for name, slope, intercept in (('gap', *numbers[:2]), ('slider', *numbers[2:])):
+        for key in ('coords', 'candidates'): assert torch.equal(before[f'{name}_{key}'], after[f'{name}_{key}'])
+        for key in ('score', 'candidate_scores'):
+            expected = (slope*before[f'{name}_{key}'].double().logit() + intercept).sigmoid()
+            torch.testing.assert_close(after[f'{name}_{key}'].double(), expected, atol=1e-4, rtol=0)
+        assert (after[f'{name}_candidate_scores'].diff(dim=1) <= 0).all() and (after[f'{name}_candidate_scores'][:, -1] == 0).all()
+
+
+def test_a_calibration_goes_where_the_weights_go(other, tmp_path):
+    other.calibration.copy_(torch.tensor([[.7312345, -1.2345678], [1.1, 1/3]]))
+    other.config = {'model': Config(model=dict(name='naive_lite_hrnet_18')).model.to_dict()}
+    torch.save(dict(model_state_dict=other.state_dict(), config=other.config), tmp_path/'net.pth')
+    save_weights(other, tmp_path/'net.safetensors', licence='mine')
+    for name in ('net.pth', 'net.safetensors'): assert torch.equal(load_model(tmp_path/name).calibration, other.calibration)     # to the last bit
+    assert load_model(tmp_path/'net.safetensors').facts == dict(licence='mine') and load_model(tmp_path/'net.pth').facts == {}
+    fresh = create_lite_hrnet_18_fpn(dict(other.config['model'], start_from=str(tmp_path/'net.pth')))
+    assert torch.equal(fresh.calibration, IDENTITY)      # what is trained on has to be calibrated anew
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in fresh.state_dict().items() if name != 'calibration')
+
+
+def test_files_from_before_calibration_are_read(other, tmp_path):
+    other.config = {'model': Config(model=dict(name='naive_lite_hrnet_18')).model.to_dict()}
+    old = {name: value for name, value in other.state_dict().items() if name != 'calibration'}
+    torch.save(dict(model_state_dict=old, config=other.config), tmp_path/'old.pth')
+    other.calibration.copy_(torch.tensor([[2., 1.], [2., 1.]]))
+    assert torch.equal(load_model(tmp_path/'old.pth').calibration, IDENTITY)
+    other.load_state_dict(old)
+    assert torch.equal(other.calibration, IDENTITY) and 'calibration' not in old
+    for name in SHIPPED: assert torch.equal(load_model(name).calibration, IDENTITY)
 
 
 def test_more_candidates_than_cells(net):
