@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 from .config import Config, UserError, cli, make_folder, pick_device
 from .data import CaptchaDataset, EvalBatches, read_coco
 from .engine import write_file
-from .model import load_model, save_weights
+from .model import halved, load_model, save_weights
 from .train import metrics_table, plain
 from .validator import Validator, group_metrics, metrics_of
 from .widget import CSS, Predictions, data_uri, html_page, legend, marks_of, svg
@@ -557,12 +557,6 @@ def _may_be_written(path, compare):
     if Path(path).exists(): raise UserError(f'--calibrate {path}: is there already')
     make_folder(Path(path).parent, '--calibrate', 'command line')
 
-@torch.no_grad()
-def _as_written(model):
-    "Convolutions in half precision, as `save_weights` has them: what is fitted is what the file holds."
-    for value in model.state_dict().values():
-        if value.ndim == 4: value.copy_(value.half())
-
 def _calibrated(model, evaluation: Evaluation, path, on: str) -> dict:
     "Calibrate a network and write it; its points with the new scores."
     after = calibrate(model, evaluation.points)
@@ -590,7 +584,7 @@ def main(
     if calibrate: _may_be_written(calibrate, compare)
     paths, at = [path for path in (weights, compare) if path], pick_device(device, 'command line')
     models = [load_model(path, at) for path in paths]
-    if calibrate: _as_written(models[0])
+    if calibrate: models[0].load_state_dict(halved(models[0].state_dict()))   # what is fitted is what the file holds
     if out: make_folder(Path(out), 'out', 'command line')
     logging.basicConfig(format='%(message)s')
     where, how = dict(data=data, split=split, images=images, on_bad_sample=on_bad_sample), dict(batch_size=batch_size, workers=workers, resamples=resamples)

@@ -9,8 +9,8 @@ __all__ = ['BACKBONES', 'UNCALIBRATED', 'HEATMAP_BIAS', 'ROW_SIGMA_PX', 'SHIPPED
            'bare_name', 'backbone_tensors', 'load_backbone_weights', 'create_backbone', 'smoothing', 'LiteFPN',
            'full_precision', 'PredictionHead', 'place_codes', 'ContextLayer', 'Context', 'CaptchaKeypointNet',
            'values_at', 'window_at', 'soft_argmax_offset', 'gaussian_blur', 'dark_offset', 'decode_points', 'best_pair',
-           'scores_of', 'decode_outputs', 'create_lite_hrnet_18_fpn', 'save_weights', 'read_weights', 'shipped_weights',
-           'load_model', 'OperationCounter', 'model_parts', 'model_table']
+           'scores_of', 'decode_outputs', 'create_lite_hrnet_18_fpn', 'halved', 'save_weights', 'read_weights',
+           'shipped_weights', 'load_model', 'OperationCounter', 'model_parts', 'model_table']
 
 # %% ../nbs/04_model.ipynb #51d63b25
 import hashlib, json, re, warnings
@@ -683,13 +683,17 @@ def create_lite_hrnet_18_fpn(
     return model
 
 # %% ../nbs/04_model.ipynb #eed56fe0
+def halved(state: dict) -> dict:  # of `state_dict`; the same
+    "Weights in half precision; norms, biases and the calibration as they are."
+    return {name: value.half() if value.ndim > 1 and name != 'calibration' else value for name, value in state.items()}
+
 def save_weights(
     model: CaptchaKeypointNet,   # of `load_model`
     path: str | Path,            # of the .safetensors file
     **facts: str,                # what else the file should say of itself
 ):
-    "A network to hand on, in one small file: convolutions in half precision, norms and biases as they are, the run's configuration beside them."
-    tensors = {name: (value.half() if value.ndim == 4 else value).contiguous() for name, value in model.state_dict().items()}
+    "A network to hand on, in one small file: `halved`, the run's configuration beside it."
+    tensors = {name: value.contiguous() for name, value in halved(model.state_dict()).items()}
     write_atomically(path, safetensors.torch.save(tensors, dict(config=json.dumps(model.config), **facts)))
 
 def read_weights(
