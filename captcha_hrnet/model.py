@@ -760,7 +760,8 @@ def model_parts(
     "The network's parts in the order in which they run, under the paper's names of its stages."
     backbone = model.backbone
     stages = {f'stage {i + 2}': nn.ModuleList([getattr(backbone, f'transition{i}'), getattr(backbone, f'stage{i}')]) for i in range(3)}
-    return {'stem': nn.ModuleList([backbone.stem])} | stages | {'neck': nn.ModuleList([model.neck]), 'heads': nn.ModuleList([model.heads])}
+    context = {'context': nn.ModuleList([model.context])} if isinstance(model.context, Context) else {}
+    return {'stem': nn.ModuleList([backbone.stem])} | stages | context | {'neck': nn.ModuleList([model.neck]), 'heads': nn.ModuleList([model.heads])}
 
 # %% ../nbs/04_model.ipynb #6251e3d2
 @torch.no_grad()
