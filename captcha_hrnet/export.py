@@ -27,7 +27,7 @@ from .config import Config, SynthConfig, UserError, cli, make_folder
 from .engine import write_file
 from .evaluate import paired_test, span
 from .geometry import unletterbox
-from .model import ConditionalChannelWeighting, LiteHRNet, ShuffleUnit, create_lite_hrnet_18_fpn, decode_outputs, load_model
+from .model import ConditionalChannelWeighting, Context, LiteHRNet, ShuffleUnit, create_lite_hrnet_18_fpn, decode_outputs, load_model
 from .predict import as_pixels, find_images, input_size, letterboxed
 from .synth import CaptchaSynth
 from .twin import folded
@@ -153,6 +153,9 @@ def settled(
             if not isinstance(path, nn.Identity): _read_from(path, before)
             orders.append(before if isinstance(path, nn.Identity) else torch.arange(backbone.channels[branch]))
         for module in getattr(backbone, f'stage{number}'): orders = _settle(module, orders)
+    if isinstance(model.context, Context):
+        order, enter, leave = orders[model.context.branch], model.context.enter, model.context.leave
+        enter.weight.data, leave.weight.data, leave.bias.data = enter.weight[:, order], leave.weight[order], leave.bias[order]
     for lateral, order in zip(model.neck.laterals, orders): _read_from(lateral, order)
     return model
 
@@ -245,6 +248,7 @@ def to_onnx(
 ) -> bytes:                   # the ONNX file
     "The network as an ONNX graph; batches of any size, or pictures of any size."
     if opset not in OPSETS: raise UserError(f'opset: value {opset}: must be {OPSETS[0]} to {OPSETS[-1]}')
+    if opset < 14 and isinstance(model.context, Context): raise UserError(f'opset: value {opset}: must be 14 to {OPSETS[-1]} for a network whose model.context is not none')
     if form not in FORMS: raise UserError(f'form: value {form!r}: must be one of {", ".join(FORMS)}')
     onnx, size = needed('onnx'), input_size(model)
     single = folded(model).cpu()

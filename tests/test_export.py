@@ -17,7 +17,7 @@ from captcha_hrnet.engine import save_checkpoint
 from captcha_hrnet.export import (RUNTIMES, Exported, check, check_pictures, letterbox_graph, points_of, price,
                                   runner, settled, to_onnx)
 from captcha_hrnet.geometry import Letterbox, letterbox_image
-from captcha_hrnet.model import CaptchaKeypointNet, LiteHRNet, create_lite_hrnet_18_fpn
+from captcha_hrnet.model import CaptchaKeypointNet, Context, LiteHRNet, create_lite_hrnet_18_fpn
 from captcha_hrnet.predict import Predictor, letterboxed
 from captcha_hrnet.synth import CaptchaSynth
 from captcha_hrnet.twin import RepHRNet, folded
@@ -32,6 +32,7 @@ def lived_in(model):
     norms = [part for part in model.modules() if isinstance(part, nn.BatchNorm2d)]
     for norm in norms: norm.momentum = 1.; norm.weight.data.uniform_(.7, 1.3); norm.bias.data.uniform_(-.3, .3)
     for name in ('gap_heatmap', 'slider_heatmap'): model.heads[name].out.weight.data.normal_()
+    if isinstance(model.context, Context): model.context.leave.weight.data.normal_(std=.3)
     with torch.no_grad(): model.train()(letterboxed(check_pictures(6), (H, W), model.in_channels)[0])
     model.config = CONFIG.to_dict()
     return model.eval()
@@ -82,12 +83,16 @@ def test_the_graphs_letterbox_looks_like_the_librarys(width, height, seed):
     assert np.abs(ours - letterbox_image(picture, Letterbox(width, height, W, H))).max() < 1.5
 
 
-@pytest.mark.parametrize('form, opset, options', [('maps', 13, dict(in_channels=3)), ('whole', 20, dict(decode='soft_argmax', angle_head=True)), ('points', 17, dict(decode='dark', same_row=True))])
+@pytest.mark.parametrize('form, opset, options', [('maps', 13, dict(in_channels=3)), ('whole', 20, dict(decode='soft_argmax', angle_head=True)), ('points', 17, dict(decode='dark', same_row=True)), ('points', 14, dict(context='stride16')), ('whole', 18, dict(context='stride32'))])
 def test_every_form_and_decoding_runs_in_both_runtimes(form, opset, options):
     model = network(1, **options)
     content = to_onnx(model, form, opset)
     assert max(check(content, model, form, check_pictures(12)).values()) < 1e-2
     assert onnx.load_from_string(content).opset_import[0].version == opset
+
+
+def test_attention_needs_a_later_opset():
+    with pytest.raises(UserError, match='opset: value 13: must be 14 to 20'): to_onnx(network(context='stride32'), opset=13)
 
 
 def test_batches_of_any_size_in_both_runtimes(model, points):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 pytest.importorskip('triton')
 from captcha_hrnet import kernels
-from captcha_hrnet.model import CaptchaKeypointNet, LiteHRNet, Stem, channel_shuffle, create_lite_hrnet_18_fpn, transition
+from captcha_hrnet.model import CaptchaKeypointNet, Context, LiteHRNet, Stem, channel_shuffle, create_lite_hrnet_18_fpn, transition
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 
@@ -162,13 +162,15 @@ def narrow_network():
     for i in (1, 2):
         backbone.add_module(f'transition{i}', torch.nn.ModuleList([torch.nn.Identity(), torch.nn.Identity()]))
         backbone.add_module(f'stage{i}', torch.nn.Sequential())
-    return CaptchaKeypointNet(backbone, neck_channels=4, head_channels=2)
+    model = CaptchaKeypointNet(backbone, neck_channels=4, head_channels=2)
+    model.context = Context([8, 8], 1, width=16, layers=1)
+    return model
 
 
 def test_network():
     "Outputs, gradients and running statistics of a training step, as close to float64's as PyTorch's own float32 comes."
-    exact = (create_lite_hrnet_18_fpn({}) if torch.cuda.is_available() else narrow_network()).double().train().to(DEVICE)
-    torch.nn.init.normal_(exact.heads['offsets'].out.weight)
+    exact = (create_lite_hrnet_18_fpn({'context': 'stride16'}) if torch.cuda.is_available() else narrow_network()).double().train().to(DEVICE)
+    for layer in exact.heads['offsets'].out, exact.context.leave: torch.nn.init.normal_(layer.weight, std=.3)
     eager, mine = copy.deepcopy(exact).float(), copy.deepcopy(exact).float()
     image, found = torch.rand(2, 4, *((64, 64) if torch.cuda.is_available() else (32, 32)), device=DEVICE), []
     for model, forward in (exact, exact), (eager, eager), (mine, lambda image: kernels.forward(mine, image, torch.float32)):

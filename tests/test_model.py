@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from captcha_hrnet import model as model_module
 from captcha_hrnet.config import Config, UserError, load_config
 from captcha_hrnet.geometry import HeatmapCodec
-from captcha_hrnet.model import (BACKBONES, SHIPPED, CaptchaKeypointNet, CrossResolutionWeighting, LiteFPN, backbone_tensors, best_pair,
-                                 channel_shuffle, create_backbone, create_lite_hrnet_18_fpn, dark_offset, load_model, model_table,
-                                 save_weights, shipped_weights)
+from captcha_hrnet.model import (BACKBONES, SHIPPED, CaptchaKeypointNet, Context, ContextLayer, CrossResolutionWeighting, LiteFPN, backbone_tensors,
+                                 best_pair, channel_shuffle, create_backbone, create_lite_hrnet_18_fpn, dark_offset, load_model, model_table,
+                                 place_codes, save_weights, shipped_weights)
 from captcha_hrnet.predict import Predictor
 from captcha_hrnet.synth import CaptchaSynth, find_preset
 
@@ -213,13 +213,41 @@ def test_fusion_weights_stay_non_negative():
 
 @pytest.mark.parametrize('overrides', [{}, {'neck_separable': False}, {'angle_head': True},
                                        {'name': 'naive_lite_hrnet_18', 'neck_channels': 16}, {'head_channels': 16}, {'head_channels': 0},
-                                       {'name': 'lite_hrnet_30'}, {'in_channels': 3}])
+                                       {'name': 'lite_hrnet_30'}, {'in_channels': 3}, {'context': 'stride16'}, {'name': 'rep_hrnet_18', 'context': 'stride32'}])
 def test_every_parameter_learns(overrides):
     model = create_lite_hrnet_18_fpn(overrides).train()
     outputs = model(pictures()[:, :model.in_channels])
     assert set(outputs) == {'gap_heatmap', 'slider_heatmap', 'offsets', 'valid'} | ({'angle'} if overrides.get('angle_head') else set())
     sum(value.square().mean() for name, value in outputs.items() if name != 'valid').backward()
     assert not [name for name, p in model.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()]
+
+
+def test_attention_by_hand():
+    "A layer against nn.MultiheadAttention with the same weights; places count, and nothing else tells them apart."
+    layer, reference = ContextLayer(16).double(), torch.nn.MultiheadAttention(16, 4, batch_first=True).double()
+    reference.in_proj_weight.data = torch.cat([layer.query_key.weight, layer.value.weight])
+    reference.in_proj_bias.data = torch.cat([layer.query_key.bias, layer.value.bias])
+    reference.out_proj.load_state_dict(layer.mix.state_dict())
+    x, place = torch.randn(2, 15, 16).double(), place_codes(3, 5, 16, torch.zeros(1).double())
+    seen = layer.norm1(x)
+    middle = x + reference(seen + place, seen + place, seen)[0]
+    torch.testing.assert_close(layer(x, place), middle + layer.out(F.gelu(layer.hidden(layer.norm2(middle)))))
+    order = torch.randperm(15)
+    torch.testing.assert_close(layer(x[:, order], place[order]), layer(x, place)[:, order])
+    assert len(place.unique(dim=0)) == 15 and place.abs().max() <= 1
+
+
+@pytest.mark.parametrize('branch', [2, 3])
+def test_context_begins_with_nothing_and_reaches_everywhere(branch):
+    context, maps = Context([8, 16, 24, 32], branch), [torch.randn(2, c, 32//2**i, 64//2**i) for i, c in enumerate((8, 16, 24, 32))]
+    assert all(torch.equal(a, b) for a, b in zip(context(maps), maps))
+    torch.nn.init.normal_(context.leave.weight)
+    before, changed = context(maps), [x.clone() for x in maps]
+    changed[branch][0, :, -1, -1] += 1
+    after = context(changed)
+    assert all(torch.equal(after[i], maps[i]) for i in range(4) if i != branch)
+    difference = (after[branch] - before[branch]).detach().abs().sum(1)
+    assert difference[0].min() > 0 and not difference[1].any()
 
 
 def test_plain_dict_and_section_are_the_same():
