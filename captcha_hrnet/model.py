@@ -706,8 +706,8 @@ def read_weights(
     except (KeyError, ValueError): return {}   # the caller says what is missing
 
 # %% ../nbs/04_model.ipynb #6b4267da
-SHIPPED = {'pretrained': '447d06d07386d8ecee39d1261a3dc65edd43c3a7a9c3f0e1e61331864e5d1623',       # SHA-256
-           'pretrained-fast': '0bd859e65a43c3230887ab15aded601e1cfa8a6e0e9a1654cbe90233c3a6e6b0'}
+SHIPPED = {'pretrained': 'e412720fa2c18ed6d62a9347337316a623ba77de2aa93222c06ab56a70edc345',       # SHA-256
+           'pretrained-fast': '66266de260e0baf8aa67468ed50542951494fd3b5fb43b302a3437697440c746'}
 
 def shipped_weights(
     name: str,   # a key of `SHIPPED`
