@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['SPLITS', 'PARTS', 'POINTS', 'FULL_TURN', 'SHAPES', 'KNOBS', 'BACKGROUNDS', 'PHOTO_SUFFIXES', 'VALIDATION_SHARE',
            'PHOTO_MEMORY', 'GAP_STYLES', 'SLIDER_STYLES', 'FACTORS', 'MAX_ANGLE', 'ARCS', 'ARC_POINTS', 'CHUNK',
-           'Streams', 'register', 'choose', 'chance', 'box_centre', 'unit', 'rotated', 'spaced', 'smoothed', 'to_cv2',
-           'coverage', 'polar', 'turn', 'jigsaw_outline', 'make_outline', 'palette', 'one_colour', 'colourised',
-           'random_bytes', 'fractal_noise', 'photo_key', 'read_photo', 'PhotoFolder', 'with_light', 'add_grey', 'Stamp',
-           'hollow_out', 'perlin_noise', 'add_perlin', 'add_highlight', 'brighten_edge', 'paint_gap', 'paint_slider',
-           'roll_factors', 'Plan', 'picture_sizes', 'lay_out_scene', 'free_place', 'other_row', 'place_pieces',
-           'likeness', 'decoy_outline', 'add_decoys', 'make_plan', 'scaled', 'out_of_focus', 'colour_shifted', 'noisy',
-           'jpeg', 'apply_camera', 'measure_visibility', 'Sample', 'flags_of', 'finish', 'CaptchaSynth',
-           'contact_sheet', 'draw_labels', 'browse', 'part_path', 'image_name', 'write_chunk', 'start_worker',
-           'run_chunk', 'read_lines', 'chunks_to_do', 'close_split', 'claim_folder', 'default_workers', 'run_jobs',
-           'write_dataset', 'find_preset', 'main']
+           'QUICK_PNG', 'Streams', 'register', 'choose', 'chance', 'box_centre', 'unit', 'rotated', 'spaced',
+           'smoothed', 'to_cv2', 'coverage', 'polar', 'turn', 'jigsaw_outline', 'make_outline', 'palette', 'one_colour',
+           'colourised', 'random_bytes', 'fractal_noise', 'photo_key', 'read_photo', 'PhotoFolder', 'with_light',
+           'add_grey', 'Stamp', 'hollow_out', 'perlin_noise', 'add_perlin', 'add_highlight', 'brighten_edge',
+           'paint_gap', 'paint_slider', 'roll_factors', 'Plan', 'picture_sizes', 'lay_out_scene', 'free_place',
+           'other_row', 'place_pieces', 'likeness', 'decoy_outline', 'add_decoys', 'make_plan', 'scaled',
+           'out_of_focus', 'colour_shifted', 'noisy', 'jpeg', 'apply_camera', 'measure_visibility', 'Sample',
+           'flags_of', 'finish', 'CaptchaSynth', 'contact_sheet', 'draw_labels', 'browse', 'part_path', 'image_name',
+           'write_chunk', 'start_worker', 'run_chunk', 'read_lines', 'chunks_to_do', 'close_split', 'claim_folder',
+           'default_workers', 'run_jobs', 'write_dataset', 'find_preset', 'main']
 
 # %% ../nbs/02_synth.ipynb #1de0122e
 import hashlib
@@ -1485,6 +1485,10 @@ def image_name(
     "Path of an image, relative to the split's folder."
     return f"images/{index:06d}.png"
 
+QUICK_PNG = [cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE]
+if hasattr(cv2, "IMWRITE_PNG_FILTER"):   # newer OpenCV; to choose a filter for each row costs as much as all else
+    QUICK_PNG += [cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_UP]
+
 def write_chunk(
     synth: CaptchaSynth,
     folder: Path, # of the split
@@ -1497,7 +1501,7 @@ def write_chunk(
         sample = synth.draw(index)
         path = folder / image_name(index)
         temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_bytes(cv2.imencode(".png", sample.image[..., ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE])[1].tobytes())
+        temporary.write_bytes(cv2.imencode(".png", sample.image[..., ::-1], QUICK_PNG)[1].tobytes())
         os.replace(temporary, path)
         lines.append(json.dumps(sample.record(image_name(index))) + "\n")
     write_atomically(part_path(folder, start), "".join(lines).encode())
