@@ -345,8 +345,7 @@ def _sigmoid(x): return np.exp(-np.logaddexp(0, -x))
 
 def logits_of(scores) -> np.ndarray:   # of scores in [0, 1], as float32 can tell them from 0 and 1
     "The inverse of the sigmoid."
-    clipped = np.clip(np.asarray(scores, np.float64), 1e-7, 1 - 1e-7)
-    return np.log(clipped/(1 - clipped))
+    return torch.as_tensor(scores, dtype=torch.float64).logit(eps=1e-7).numpy()
 
 @torch.no_grad()
 def calibrate(

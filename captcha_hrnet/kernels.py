@@ -312,7 +312,8 @@ def _pointwise_tiles(Ci, Co):
     "A forward tile; a backward tile and how many of its programs a multiprocessor holds: as many as keep all they need in registers."
     narrow, wide = _padded(Ci), _padded(Co)
     forward = dict(BCI=narrow, BCO=min(wide, 64), BP=32 if narrow == 512 else 64 if narrow*wide >= 128*128 else 128, num_warps=8 if narrow == 512 else 4)
-    BCI, small = min(narrow, 64), min(narrow, 64)*wide <= 1024
+    BCI = min(narrow, 64)
+    small = BCI*wide <= 1024
     BCO, BP, warps, held = (wide, 64, 4, 4 if small else 2) if Co <= 64 else (32, 32, 4, 3) if Co <= 192 else (64, 32, 8, 1)   # parts that leave little of 80, 160 or 320 channels empty
     registers = min(255, 65536//(32*warps*held)//8*8)
     return forward, dict(BCI=BCI, BCO=BCO, PARTS=triton.cdiv(Co, BCO), BP=BP, num_warps=warps, num_stages=2 if small or Co > 192 else 3, maxnreg=registers), held

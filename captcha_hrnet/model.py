@@ -617,11 +617,11 @@ def best_pair(
 
 # %% ../nbs/04_model.ipynb #70261782
 def scores_of(
-    logits: Tensor,     # [...] of peaks; -inf is none
-    calibration=None,   # [2] slope > 0 and intercept; None: 1 and 0
-) -> Tensor:            # [...] in [0, 1], in the same order
+    logits: Tensor,       # [...] of peaks; -inf is none
+    calibration: Tensor,  # [2] slope > 0 and intercept
+) -> Tensor:              # [...] in [0, 1], in the same order
     "`sigmoid(slope*logit + intercept)`."
-    return (logits if calibration is None else calibration[0]*logits + calibration[1]).sigmoid()
+    return (calibration[0]*logits + calibration[1]).sigmoid()
 
 @patch
 def _load_from_state_dict(self: CaptchaKeypointNet, state_dict, prefix, *rest):
@@ -637,7 +637,7 @@ def decode_outputs(
     decode: str = 'offset',      # 'offset', 'soft_argmax' or 'dark'
     top_k: int = 5,              # candidates
     same_row: bool = False,      # prefer pairs of candidates whose y agree
-    calibration=(None, None),    # gap, slider: [2] slope and intercept, as `scores_of` takes them
+    calibration: Tensor = UNCALIBRATED,   # [2, 2] gap, slider: slope and intercept
 ) -> dict[str, Tensor]:          # see `decode_predictions`
     "Heat maps and offsets to points; stays on the device, in float32."
     valid, offsets = outputs['valid'], outputs['offsets']

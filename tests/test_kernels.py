@@ -181,4 +181,5 @@ def test_network():
     distance = lambda a, b: ((a.double() - b).norm()/(b.double().norm() + 1e-3)).item()   # a shift before a normalisation has no gradient but noise
     values = {name: value for name, value in found[0].items() if value.is_floating_point()}
     errors = {name: (distance(found[2][name], value), distance(found[1][name], value)) for name, value in values.items()}
-    assert not {name: pair for name, pair in errors.items() if pair[0] > 1e-2 + 10*pair[1]}   # one value next to 0 that a ReLU lets pass, or not, is 0.6 % of a gradient here
+    allowed = 1e-2 if torch.cuda.is_available() else 1e-3   # of the larger network there, one value next to 0 that a ReLU lets pass, or not, is 0.6 % of a gradient
+    assert not {name: pair for name, pair in errors.items() if pair[0] > allowed + 10*pair[1]}
