@@ -472,7 +472,9 @@ def inspect_checkpoint(path) -> str:
 def clear_errors(train):   # config.train
     "What PyTorch raises when memory, a worker or another process is gone, as a line that says what to do."
     again, before = 'the last checkpoint is whole, go on with: --resume auto', sys.unraisablehook
-    sys.unraisablehook = lambda seen: None if 'DataLoader worker' in str(seen.exc_value) else before(seen)   # a signal that found the program in a destructor; the loader says it again
+    def once(seen):   # a worker's death that found the program in a destructor; the loader says it again
+        if 'DataLoader worker' not in str(seen.exc_value): before(seen)
+    sys.unraisablehook = once
     try: yield
     except UserError as error:
         if 'DataLoader worker' not in str(error): raise
@@ -485,7 +487,8 @@ def clear_errors(train):   # config.train
         elif dist.is_initialized() and re.search('gloo|nccl|connection|peer', text, re.I): what = f'another process of this run is gone; {again}'
         else: raise
         raise UserError(what) from None
-    finally: sys.unraisablehook = before
+    finally:
+        if sys.unraisablehook is once: sys.unraisablehook = before   # a signal may have silenced it
 
 @cli
 def main(

@@ -4,7 +4,6 @@ import gzip
 import json
 import logging
 import os
-import random
 import re
 import resource
 import signal
@@ -151,10 +150,13 @@ def test_histograms_and_settings_are_in_tensorboard(board):
 
 # stopped and killed
 
+def workers_of(process): return [*map(int, Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split())]
+
+
 def test_stopped_and_killed_and_resumed(finished, start, tmp_path):
     "In both epochs; the training process alone is killed, and stops come twice, to the whole group, as schedulers send them."
     (tmp_path/'tiny.yaml').write_text(TINY)
-    last, arguments, rng, killed = tmp_path/'checkpoints/tiny/last.pth', ['--config', 'tiny.yaml', '--resume', 'auto', '--set', *BARE], random.Random(0), []
+    last, arguments, killed = tmp_path/'checkpoints/tiny/last.pth', ['--config', 'tiny.yaml', '--resume', 'auto', '--set', *BARE], []
     for number, wanted_epoch, moment in ((signal.SIGKILL, 0, .5), (signal.SIGINT, 0, None), (signal.SIGKILL, 1, None), (signal.SIGTERM, 1, None)):
         before = last.stat().st_mtime_ns if last.exists() else 0
         process = start(tmp_path, *arguments)
@@ -167,7 +169,7 @@ def test_stopped_and_killed_and_resumed(finished, start, tmp_path):
             assert process.poll() == -signal.SIGKILL
             killed.append(process)
         else:
-            time.sleep(rng.uniform(.3, .9))
+            until(lambda process=process: workers_of(process), process)   # a whole epoch lies before it
             for _ in range(2): process.signal(number)
             done = process.wait()
             assert (done.code, done.err) == (0, '')
@@ -227,6 +229,11 @@ class Loader:
     def __init__(self): end(); self.workers = []
     def __del__(self): self.workers.clear()
 Loader()''',
+    a_run_is_half_built='''
+class Loader:
+    def __init__(self): end(); self.workers = []
+    def __del__(self): self.workers.clear()
+with train.clear_errors(None): Loader()''',
     all_is_swallowed='''
 try: end()
 except BaseException: pass''',
@@ -256,7 +263,7 @@ def test_a_killed_worker_ends_the_run_in_a_line(start, tmp_path):
     (tmp_path/'tiny.yaml').write_text(TINY)
     process = start(tmp_path, '--config', 'tiny.yaml', '--set', *BARE, 'sched.epochs=50')
     until(lambda: 'epoch=1 ' in process.out.read_text(), process)
-    for worker in map(int, Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()): os.kill(worker, signal.SIGKILL)
+    for worker in workers_of(process): os.kill(worker, signal.SIGKILL)
     done = process.wait()
     assert done.code == 1 and re.fullmatch(r'error: a process that loads data was killed, .*num_workers.*--resume auto\n', done.err), done.err
     assert load_checkpoint(tmp_path/'checkpoints/tiny/last.pth')['epoch'] >= 1
