@@ -344,17 +344,17 @@ def test_padding_never_wins(net, seed, decode, same_row, top, left, height, widt
         assert (cell >= low - reach).all() and (cell <= high + reach).all()
     logits, cell = net.codec.peaks(heats[0], valid, 1)
     assert valid[torch.arange(2), 0, cell[:, 0, 1], cell[:, 0, 0]].all()
-    if not same_row: assert torch.equal(found['gap_score'], logits[:, 0].sigmoid())
+    assert torch.equal(found['gap_candidate_scores'][:, 0], logits[:, 0].sigmoid())
 
 
 @settings(max_examples=40, deadline=None)
 @given(x=st.floats(0, 127.99), y=st.floats(0, 63.99))
 def test_offset_decoding_inverts_the_codec(net, x, y):
-    point = torch.tensor([[x, y]])
-    heat, cell, offset = HeatmapCodec(4).encode(point, (16, 32))
-    offsets = offset.repeat(1, 2)[:, :, None, None].expand(1, 4, 16, 32)
-    found = net.decode_predictions(outputs_of(heat, heat, offsets), decode='offset')
-    assert (found['gap_coords'] - point).abs().max() < 1e-3 and (found['slider_coords'] - point).abs().max() < 1e-3
+    gap, slider = torch.tensor([[x, y]]), torch.tensor([[(x + 64) % 128, y]])
+    (gap_heat, _, gap_offset), (slider_heat, _, slider_offset) = (HeatmapCodec(4).encode(point, (16, 32)) for point in (gap, slider))
+    offsets = torch.cat([gap_offset, slider_offset], 1)[:, :, None, None].expand(1, 4, 16, 32)
+    found = net.decode_predictions(outputs_of(gap_heat, slider_heat, offsets), decode='offset')
+    assert (found['gap_coords'] - gap).abs().max() < 1e-3 and (found['slider_coords'] - slider).abs().max() < 1e-3
 
 
 @settings(max_examples=40, deadline=None)
@@ -399,14 +399,14 @@ def test_dark_equals_its_slow_twin(seed, column, row, sigma):
 
 
 @settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 10**6), k=st.integers(1, 6))
-def test_best_pair_is_the_best(seed, k):
+@given(seed=st.integers(0, 10**6), k=st.integers(1, 6), apart=st.sampled_from([0., 8., 40.]))
+def test_best_pair_is_the_best(seed, k, apart):
     generator = torch.Generator().manual_seed(seed)
     (gs, ss), (gp, sp) = torch.rand(2, 2, k, generator=generator), 64*torch.rand(2, 2, k, 2, generator=generator)
-    gap, slider = best_pair(gs, gp, ss, sp, row_sigma_px=8.)
+    gap, slider = best_pair(gs, gp, ss, sp, apart, row_sigma_px=8.)
     for b in range(2):
         scores = {(i, j): gs[b, i].item()*ss[b, j].item()*np.exp(-(gp[b, i, 1] - sp[b, j, 1]).item()**2/128)
-                  for i in range(k) for j in range(k)}
+                  for i in range(k) for j in range(k) if (gp[b, i] - sp[b, j]).norm() >= apart} or {(0, 0): 0.}
         assert scores[gap[b].item(), slider[b].item()] == pytest.approx(max(scores.values()), rel=1e-4)
 
 
@@ -426,7 +426,7 @@ def other(net):
 @given(seed=st.integers(0, 10**6), numbers=st.tuples(*[st.floats(.05, 20), st.floats(-10, 10)]*2), decode=st.sampled_from(DECODERS), same_row=st.booleans())
 def test_a_calibration_changes_scores_and_no_answer(net, seed, numbers, decode, same_row):
     generator = torch.Generator().manual_seed(seed)
-    outputs = outputs_of(*[3*torch.randn(2, 1, 8, 16, generator=generator) for _ in range(2)])
+    outputs = outputs_of(*[torch.randn(2, 1, 8, 16, generator=generator) for _ in range(2)])   # larger logits cannot be read back from float32 scores
     how = dict(decode=decode, same_row=same_row, top_k=40)     # more than there are peaks
     before = net.decode_predictions(outputs, **how)
     net.calibration.copy_(torch.tensor(numbers).view(2, 2))
