@@ -180,7 +180,7 @@ def _training(config, device) -> Callable[[], int]:
     batch = random_batch(config, device)
     def step():
         engine._train_window([batch]*config.train.accumulate)
-        return config.train.batch_size*config.train.accumulate
+        return config.train.batch_size*config.augment.views*config.train.accumulate
     return step
 
 def random_batch(config, device) -> dict:
@@ -189,7 +189,7 @@ def random_batch(config, device) -> dict:
     place = lambda *shape: (torch.rand(*shape, 2, generator=points)*torch.tensor([data.input_width, data.input_height])).to(device)
     return dict(image=_pictures(config, count, device), gap_coords=place(count), slider_coords=place(count), decoys=place(count, data.max_decoys),
                 decoy_mask=torch.zeros(count, data.max_decoys, dtype=torch.bool, device=device), gap_angle=torch.zeros(count, device=device),
-                letterbox=torch.ones(count, 4, device=device), index=torch.arange(count))
+                letterbox=torch.tensor([1., 1, 0, 0, data.input_width, data.input_height]).repeat(count, 1).to(device), index=torch.arange(count))
 
 # %% ../nbs/12_bench.ipynb #94660430
 def report(rates: list[Rate]) -> str:

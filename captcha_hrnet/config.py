@@ -7,12 +7,12 @@ __all__ = ['CORE_SCALARS', 'CORE_RESOLVERS', 'Text', 'Positive', 'NotNegative', 
            'BACKGROUNDS', 'SHAPES', 'GAP_STYLES', 'SLIDER_STYLES', 'CONFUSIONS', 'CAMERA_EFFECTS', 'LAYOUTS', 'Side',
            'METRICS', 'Metric', 'SCHEMA', 'Overrides', 'UserError', 'ConfigLoader', 'ConfigDumper', 'parse_yaml',
            'check_keys', 'read_mapping', 'Rule', 'Section', 'FrozenDict', 'weights_of', 'range_of', 'Factor', 'factor',
-           'SynthConfig', 'DataConfig', 'ModelConfig', 'LossConfig', 'OptimizerConfig', 'SchedConfig', 'TrainConfig',
-           'SecondGuard', 'EarlyStoppingConfig', 'EvalConfig', 'CheckpointsConfig', 'LoggingConfig', 'HardwareConfig',
-           'Config', 'schema_keys', 'nearest_key', 'error_line', 'field_errors', 'broken_rules', 'rule_line',
-           'check_tree', 'merge', 'origins_of', 'read_layers', 'parse_override', 'apply_overrides', 'load_config',
-           'write_atomically', 'save_config', 'existing_devices', 'pick_device', 'make_folder', 'ConfigManager',
-           'run_command', 'cli']
+           'SynthConfig', 'DataConfig', 'AugmentConfig', 'ModelConfig', 'LossConfig', 'OptimizerConfig', 'SchedConfig',
+           'TrainConfig', 'SecondGuard', 'EarlyStoppingConfig', 'EvalConfig', 'CheckpointsConfig', 'LoggingConfig',
+           'HardwareConfig', 'Config', 'schema_keys', 'nearest_key', 'error_line', 'field_errors', 'broken_rules',
+           'rule_line', 'check_tree', 'merge', 'origins_of', 'read_layers', 'parse_override', 'apply_overrides',
+           'load_config', 'write_atomically', 'save_config', 'existing_devices', 'pick_device', 'make_folder',
+           'ConfigManager', 'run_command', 'cli']
 
 # %% ../nbs/00_config.ipynb #4f8c80b2
 import difflib
@@ -265,6 +265,13 @@ class DataConfig(Section):
     cache: Text | None = None                     # folder for samples as the network takes them, packed; null: none
     rules = (Rule(("root", "source"), lambda data: data.source != "directory" or data.root, "must name the data folder"),)
 
+class AugmentConfig(Section):
+    "How the pictures of a training batch are changed on the device, otherwise in every step"
+    flip: Unit = 0.0                              # probability that a picture is upside down
+    scale: range_of(Annotated[float, Field(ge=0.5, le=1)]) = (1.0, 1.0)   # its size, of what fits the input; where it lies is drawn too
+    color: Unit = 0.0                             # strength of changes of brightness and colour
+    views: Annotated[int, Field(ge=1, le=64)] = 1   # of each picture, the first as it is if there are several: the network sees batch_size × views
+
 class ModelConfig(Section):
     "The network and how its maps are decoded"
     name: Literal["lite_hrnet_18", "lite_hrnet_30", "naive_lite_hrnet_18", "rep_hrnet_18"] = "lite_hrnet_18"   # backbone
@@ -391,6 +398,7 @@ class Config(Section):
     version: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)] = "v1"   # the run's name, and its folders'
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     data: DataConfig = DataConfig()
+    augment: AugmentConfig = AugmentConfig()
     synth: SynthConfig = SynthConfig()
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()

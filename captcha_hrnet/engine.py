@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
+from .augment import augmented
 from .config import UserError, write_atomically
 from .loss import CaptchaLoss
 
@@ -236,9 +237,13 @@ class TrainingEngine:
         self.meter, self.on_log, self.profiler = Meter(), None, None   # on_log(step, means): every `train.log_every` optimiser steps
 
 # %% ../nbs/06_engine.ipynb #775b8cbe
+def _arrive(self: TrainingEngine, batch, number):
+    "The batch on the device, its pictures changed; `number` counts the batches of a step."
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    return augmented(to_device(batch, self.device), self.config.augment, (self.config.seed, self.step, number, rank))
+
 def _batch(self: TrainingEngine, batch, share, last):
     "Forward and backward of one batch; its loss parts and errors, still on the device."
-    batch = to_device(batch, self.device)
     with self.parallel.no_sync() if self.parallel is not self.model and not last else nullcontext(): return self._forward_backward(batch, share)
 
 def _forward_backward(self: TrainingEngine, batch, share):
@@ -259,7 +264,7 @@ def _train_window(self: TrainingEngine, window):
     "One optimiser step over a window of batches."
     self._open()
     counts = [len(batch['index']) for batch in window]
-    parts = [self._batch(batch, count/sum(counts), last=batch is window[-1]) for batch, count in zip(window, counts)]
+    parts = [self._batch(self._arrive(batch, i), counts[i]/sum(counts), last=batch is window[-1]) for i, batch in enumerate(window)]
     norm = self._gradient_norm()
     if self._any_process(~torch.isfinite(norm + sum(p['loss'] for p in parts))): return self._drop(window)   # the one read of a step
     self.lr = learning_rate(self.step, self.steps_per_epoch, self.config.sched, self.config.optimizer.lr)
@@ -312,7 +317,7 @@ def _lower_scale(self: TrainingEngine) -> bool:
 class NonFiniteError(UserError):
     "Training gave no finite loss for too many steps in a row."
 
-for method in (_batch, _forward_backward, _forward, _in_parallel, _train_window, _open, _gradient_norm, _update, _any_process, _drop, _lower_scale): setattr(TrainingEngine, method.__name__, method)
+for method in (_arrive, _batch, _forward_backward, _forward, _in_parallel, _train_window, _open, _gradient_norm, _update, _any_process, _drop, _lower_scale): setattr(TrainingEngine, method.__name__, method)
 
 # %% ../nbs/06_engine.ipynb #c73e757f
 def train_epoch(self: TrainingEngine,
@@ -330,7 +335,7 @@ def train_epoch(self: TrainingEngine,
         self._train_window(window)
         if self.profiler: self.profiler.step()
         self.epoch_step += len(window)
-        images += sum(len(batch['index']) for batch in window)
+        images += self.config.augment.views*sum(len(batch['index']) for batch in window)
         bar.update(len(window))
         if self.step % self.config.train.log_every == 0: self._log(bar)
         if self.should_stop(): break

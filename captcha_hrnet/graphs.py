@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from .config import UserError
-from .engine import TrainingEngine, averaging_decay, to_device
+from .engine import TrainingEngine, averaging_decay
 
 # %% ../nbs/06_graphs.ipynb #de0d68ec
 class GraphedEngine(TrainingEngine):
@@ -65,7 +65,7 @@ def _open(self: GraphedEngine):
     self.flat_grad.zero_()
 
 def _batch(self: GraphedEngine, batch, share, last):
-    if len(batch['index']) != self.config.train.batch_size: return self._forward_backward(to_device(batch, self.device), share)   # an epoch's last
+    if len(batch['index']) != self.config.train.batch_size*self.config.augment.views: return self._forward_backward(batch, share)   # an epoch's last
     if self.inputs is None: self.inputs = {name: torch.empty_like(batch[name], device=self.device) for name in _READ if name in batch}
     for name, place in self.inputs.items(): place.copy_(batch[name], non_blocking=True)
     self.share.fill_(share)

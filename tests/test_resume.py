@@ -95,7 +95,8 @@ def data(tmp_path_factory):
     return folder
 
 
-SOURCES = {'synthetic': [], 'packed': ['data.source=directory', 'data.root={0}/data', 'data.cache={0}/cache']}
+SOURCES = {'synthetic': [], 'packed': ['data.source=directory', 'data.root={0}/data', 'data.cache={0}/cache'],
+           'augmented': ['augment.flip=0.5', 'augment.scale=[0.7,1.0]', 'augment.color=0.5', 'augment.views=2']}
 
 
 @functools.cache
