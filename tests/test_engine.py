@@ -7,8 +7,10 @@ import math
 import os
 import pickle
 import random
+import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ import torch.distributed as dist
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
+from captcha_hrnet.augment import augmented
 from captcha_hrnet.config import Config, UserError
 from captcha_hrnet.engine import (CheckpointError, Meter, NonFiniteError, TrainingEngine, learning_rate, load_checkpoint, log, make_ema,
                                   newest_checkpoint, parameter_groups, random_state, save_checkpoint, set_random_state, windows)
@@ -70,6 +73,33 @@ def test_a_run_goes_on_with_another_kind_of_step(before, after, tmp_path):
     found = second.train_epoch(Loader(batches), 1)
     for name in ('loss', 'gap_mae', 'grad_norm', 'lr'): assert found[name] == pytest.approx(expected[name], rel=1e-4)
     for name, value in straight.ema.module.state_dict().items(): torch.testing.assert_close(second.ema.module.state_dict()[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_compiling_ahead_leaves_no_trace(monkeypatch):
+    "The step that only notes its kernels writes whatever it likes into gradients and running statistics."
+    calls = []
+    def compile_ahead(work): calls.append(work()); return 7
+    monkeypatch.setitem(sys.modules, 'captcha_hrnet.kernels', SimpleNamespace(compile_ahead=compile_ahead))
+    batches = [batch_of(4, seed) for seed in range(4)]
+    plain, ahead = (engine_of(norm=True, kind=GraphedEngine, train=dict(batch_size=4, accumulate=2)) for _ in range(2))
+    ahead.compiled = False
+    for engine in (plain, ahead): engine.train_epoch(Loader(batches), 0)
+    assert same(learnt(ahead), learnt(plain)) and len(calls) == 1
+
+
+@pytest.mark.parametrize('kind', [TrainingEngine, GraphedEngine])
+def test_an_engine_trains_on_what_augmenting_gives(kind):
+    "Step by step and batch by batch otherwise, and the same again."
+    augment = dict(flip=.5, scale=(.6, .9), color=.5, views=2)
+    batches = [batch_of(4, seed) for seed in range(4)]
+    seen, engine = [], engine_of(norm=True, kind=kind, augment=augment, train=dict(batch_size=4, accumulate=2))
+    engine.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
+    first = engine.train_epoch(Loader(batches), 0)
+    assert [len(image) for image in seen] == [8]*4 and all(torch.equal(image[::2], batch['image']) for image, batch in zip(seen, batches))
+    wanted = [augmented(batch, engine.config.augment, (0, i // 2, i % 2, 0))['image'] for i, batch in enumerate(batches)]
+    assert all(torch.equal(image, other) for image, other in zip(seen, wanted))
+    again = engine_of(norm=True, kind=kind, augment=augment, train=dict(batch_size=4, accumulate=2))
+    assert again.train_epoch(Loader(batches), 0)['loss'] == first['loss'] and same(learnt(again), learnt(engine))
 
 
 @pytest.mark.parametrize('step', ['graphs', 'kernels'])

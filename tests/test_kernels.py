@@ -1,5 +1,8 @@
 """The Triton kernels against PyTorch: values and gradients, on a GPU or, with TRITON_INTERPRET=1, without one. Skipped where Triton is not installed."""
 import copy
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -183,3 +186,37 @@ def test_network():
     errors = {name: (distance(found[2][name], value), distance(found[1][name], value)) for name, value in values.items()}
     allowed = 1e-2 if torch.cuda.is_available() else 1e-3   # of the larger network there, one value next to 0 that a ReLU lets pass, or not, is 0.6 % of a gradient
     assert not {name: pair for name, pair in errors.items() if pair[0] > allowed + 10*pair[1]}
+
+
+AHEAD = '''
+import torch, triton
+from torch import nn
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+class H100:
+    "What Triton asks a GPU for; it can launch nothing."
+    def get_current_target(self): return GPUTarget('cuda', 90, 32)
+    def get_current_device(self): return 0
+    def get_current_stream(self, device): return 0
+
+driver.set_active(H100())
+from captcha_hrnet import kernels
+
+layers, x = nn.Sequential(nn.Conv2d(16, 24, 1, bias=False), nn.BatchNorm2d(24), nn.ReLU()), torch.zeros(2, 16, 8, 16)
+def step(): kernels.ready(kernels.run(layers, x)).sum().backward()
+found = kernels.compile_ahead(step)
+lying = {(name, key) for name, kernel in vars(kernels).items() if isinstance(kernel, triton.JITFunction) for cache in kernel.device_caches.values() for key in cache[0]}
+assert triton.knobs.runtime.jit_cache_hook is None
+print(found, len(lying), *sorted({name for name, _ in lying}))
+'''
+
+
+def test_what_a_step_launches_is_compiled_ahead(tmp_path):
+    "For a GPU that is not there: everything that the step asks for lies ready, compiled, and nothing was launched."
+    environment = {name: value for name, value in os.environ.items() if name != 'TRITON_INTERPRET'} | dict(TRITON_CACHE_DIR=str(tmp_path))
+    done = subprocess.run([sys.executable, '-c', AHEAD], capture_output=True, text=True, env=environment, timeout=240)
+    assert not done.returncode, done.stderr
+    compiled, lying, *names = done.stdout.split()
+    assert compiled == lying and {'_pointwise_forward', '_pointwise_backward', '_normalise_forward', '_normalise_backward'} <= set(names), done.stdout
+    assert len([*tmp_path.rglob('*.cubin')]) == int(compiled)
