@@ -24,7 +24,7 @@ from .data import read_image
 from .engine import write_file
 from .geometry import Letterbox, letterbox_image, unletterbox
 from .model import load_model
-from .validator import NONE_BELOW
+from .validator import none_below
 from .visualizer import RED, draw_point
 
 # %% ../nbs/10_predict.ipynb #865e5b1f
@@ -36,7 +36,7 @@ class Prediction:
     slider: tuple[float, float] | None = None         # likewise
     gap_score: float | None = None                    # of the best peak, in [0, 1], whether it reaches the threshold or not; calibrated: the probability that the point is there and within 5 px of the truth
     slider_score: float | None = None                 # likewise
-    candidates: dict = field(default_factory=dict)    # gap, slider: the best peaks, best first, as (x, y, score)
+    candidates: dict = field(default_factory=dict)    # gap, slider: the best peaks, best first, as (x, y, score); the answer is the first of each, unless those are one place
     error: str | None = None                          # why there is no answer
     pixels: np.ndarray | None = field(default=None, repr=False, compare=False)   # uint8 [height, width, 3], RGB: what was looked at
 
@@ -171,15 +171,16 @@ class Predictor:
     def __init__(self,
         weights='pretrained',     # what `load_model` takes: path of a checkpoint, 'pretrained', 'pretrained-fast'; or a network from it
         device: str = 'auto',     # auto, cpu, cuda, cuda:N or mps
-        threshold: float = NONE_BELOW,    # in [0, 1]: a point with a lower score is none; of a calibrated network, a probability
+        threshold: float | None = None,   # in [0, 1]: a point with a lower score is none; None: 0.5 of a calibrated network, 0.1 of any other
         batch_size: int = 32,     # pictures that the network sees at once, ≥ 1
         flip: bool = False,       # average with the picture upside down: twice the time
     ):
-        if not 0 <= threshold <= 1: raise UserError(f'threshold: value {threshold}: must be in [0, 1]')
+        if threshold is not None and not 0 <= threshold <= 1: raise UserError(f'threshold: value {threshold}: must be in [0, 1]')
         if batch_size < 1: raise UserError(f'batch_size: value {batch_size}: must be 1 or more')
         self.device = pick_device(device, 'predict')
         self.model = weights.to(self.device).eval() if isinstance(weights, nn.Module) else load_model(weights, self.device)
-        self.size, self.threshold, self.batch_size, self.flip = input_size(self.model), threshold, batch_size, flip
+        self.size, self.batch_size, self.flip = input_size(self.model), batch_size, flip
+        self.threshold = none_below(self.model) if threshold is None else threshold
 
     def __call__(self,
         image,               # path, bytes, PIL image or array; a list of them, a folder or a pattern gives a list of answers
@@ -241,7 +242,7 @@ def main(
     images: Param('pictures, folders of pictures, and patterns such as "captchas/*.png"', str, nargs='+'),
     weights: Param("checkpoint, 'pretrained' or 'pretrained-fast'", str) = 'pretrained',
     out: Param('folder for pictures with the points drawn on them', str) = None,
-    threshold: Param('a point with a lower score is none, 0 to 1', float) = NONE_BELOW,
+    threshold: Param('a point with a lower score is none, 0 to 1 (default: 0.5 of a calibrated network, 0.1 of any other)', float) = None,
     batch_size: Param('pictures at once', int) = 32,
     flip: Param('average with the picture upside down: twice the time', bool) = False,
     device: Param('auto, cpu, cuda, cuda:N or mps', str) = 'auto',

@@ -70,7 +70,7 @@ def test_an_answer_is_what_the_network_decodes_taken_home(model, size, seed):
     for name in ('gap', 'slider'):
         assert getattr(answer, name) == pytest.approx(unletterbox(found[f'{name}_coords'], box.params)[0].tolist(), abs=1e-3)
         assert [c[2] for c in answer.candidates[name]] == sorted((c[2] for c in answer.candidates[name]), reverse=True)
-        assert answer.candidates[name][0][:2] == pytest.approx(getattr(answer, name), abs=1e-3)
+        assert any(c[:2] == pytest.approx(getattr(answer, name), abs=1e-3) for c in answer.candidates[name])   # the first, unless both points would be one place
     assert answer.distance == answer.gap[0] - answer.slider[0]
 
 
