@@ -232,7 +232,7 @@ class Exported(nn.Module):
             image, boxes = letterbox_graph(image, self.size)
             image = image[:, :self.model.in_channels]/255
         outputs = self.model(image)
-        found = outputs if self.form == 'maps' else decode_outputs(outputs, self.model.codec, calibration=self.model.calibration, **self.model.decode_options)
+        found = outputs if self.form == 'maps' else decode_outputs(outputs, self.model.codec, calibration=self.model.calibration, **self.model.decode_options | dict(registration=False))
         if boxes is None: return tuple(found[name] for name in self.names)
         home = lambda name, value: (value - boxes[:, 2:4])/boxes[:, 0:2] if name.endswith(('coords', 'candidates')) else value
         return tuple(home(name, found[name])[0] for name in self.names)
@@ -329,7 +329,7 @@ def answers_of(
     found: dict,         # arrays or tensors by name, of one input
 ) -> np.ndarray:         # [N, 6] gap x, y, slider x, y, in px of the form's frame, gap score, slider score
     "The points that an answer holds, or that its maps decode to, and how sure it is of them."
-    if form == 'maps': found = decode_outputs({name: torch.as_tensor(found[name]) for name in MAPS}, model.codec, calibration=model.calibration, **model.decode_options)
+    if form == 'maps': found = decode_outputs({name: torch.as_tensor(found[name]) for name in MAPS}, model.codec, calibration=model.calibration, **model.decode_options | dict(registration=False))
     columns = [np.asarray(found[f'{name}_coords']).reshape(-1, 2) for name in ('gap', 'slider')] + [np.asarray(found[f'{name}_score']).reshape(-1, 1) for name in ('gap', 'slider')]
     return np.concatenate(columns, 1)
 
@@ -523,6 +523,7 @@ def export(
         says = (f'int8: points move by {cost["moved_median_px"]:.2f} px (median; 95 % by less than {cost["moved_p95_px"]:.2f} px), on {count} drawn captchas '
                 f'the mean error goes from {before["mae_px"]:.2f} to {after["mae_px"]:.2f} px, answers within 2 px from {before["hit_le_2px"]:.0f} to {after["hit_le_2px"]:.0f} %; speed {faster}. Before: float32 was {says}')
         content = eight
+    if model.decode_options['registration']: says += '; without registration, which is no part of the file'
     write_file(out, content)
     return f'{out}: {form}, {len(content)/1e6:.1f} MB; {says}'
 

@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from .config import Section, UserError, check_tree, write_atomically
 from .geometry import HeatmapCodec
+from .registration import registered
 from .twin import RepHRNet
 
 # %% ../nbs/04_model.ipynb #0a6b3a89
@@ -475,6 +476,7 @@ class CaptchaKeypointNet(nn.Module):
         decode: str = 'offset',         # 'offset', 'soft_argmax' or 'dark'
         top_k: int = 5,                 # candidates
         same_row: bool = False,         # prefer pairs of candidates whose y agree
+        registration: bool = False,         # correct their distance by laying the slider piece's edges over the gap's
         context: str = 'none',          # 'stride16' or 'stride32': the branch whose places know of each other
     ):
         super().__init__()
@@ -487,15 +489,15 @@ class CaptchaKeypointNet(nn.Module):
         if angle_head: self.heads['angle'] = head(2, weight_std=1e-3)
         self.codec = HeatmapCodec(stride=4)
         self.register_buffer('calibration', UNCALIBRATED.clone())
-        self.decode_options = dict(decode=decode, top_k=top_k, same_row=same_row)
+        self.decode_options = dict(decode=decode, top_k=top_k, same_row=same_row, registration=registration)
 
     def forward(self,
         image: Tensor,           # [B, 4, H, W], uint8 or float in [0, 1]; H and W multiples of 32
-    ) -> dict[str, Tensor]:      # gap_heatmap, slider_heatmap [B, 1, H/4, W/4] logits; offsets [B, 4, …] cells; angle [B, 2, …]; valid
+    ) -> dict[str, Tensor]:      # gap_heatmap, slider_heatmap [B, 1, H/4, W/4] logits; offsets [B, 4, …] cells; angle [B, 2, …]; valid; image, where decoding looks at it
         image = self.prepare(image)
         features = self.neck(self.context(self.backbone(image)))
-        outputs = {name: head(features) for name, head in self.heads.items()}
-        return outputs | {'valid': self.valid_cells(image)}
+        outputs = {name: head(features) for name, head in self.heads.items()} | {'valid': self.valid_cells(image)}
+        return outputs if self.training or not self.decode_options['registration'] else outputs | {'image': image}
 
 # %% ../nbs/04_model.ipynb #40df7392
 @patch
@@ -640,6 +642,7 @@ def decode_outputs(
     decode: str = 'offset',      # 'offset', 'soft_argmax' or 'dark'
     top_k: int = 5,              # candidates
     same_row: bool = False,      # prefer pairs of candidates whose y agree
+    registration: bool = False,      # correct the distance, where `outputs` hold the image (see registration)
     calibration: Tensor = UNCALIBRATED,   # [2, 2] gap, slider: slope and intercept
 ) -> dict[str, Tensor]:          # see `decode_predictions`
     "Heat maps and offsets to points; stays on the device, in float32."
@@ -649,7 +652,9 @@ def decode_outputs(
     gap, slider = best_pair(gap_logits.sigmoid(), gaps, slider_logits.sigmoid(), sliders, APART_PX, ROW_SIGMA_PX if same_row else torch.inf)
     gap_scores, slider_scores = (scores_of(*each) for each in zip((gap_logits, slider_logits), calibration))
     def pick(points, best): return points.gather(1, best[:, None, None].expand(-1, 1, 2))[:, 0]
-    return dict(gap_coords=pick(gaps, gap), slider_coords=pick(sliders, slider),
+    points = pick(gaps, gap), pick(sliders, slider)
+    if registration and 'image' in outputs: points = registered(outputs['image'], *points)
+    return dict(gap_coords=points[0], slider_coords=points[1],
                 gap_score=gap_scores.gather(1, gap[:, None])[:, 0], slider_score=slider_scores.gather(1, slider[:, None])[:, 0],
                 gap_candidates=gaps, gap_candidate_scores=gap_scores,
                 slider_candidates=sliders, slider_candidate_scores=slider_scores)
@@ -659,7 +664,7 @@ def decode_outputs(
 @torch.no_grad()
 def decode_predictions(self: CaptchaKeypointNet,
     outputs: dict[str, Tensor],  # of `forward`
-    **options,                   # `decode`, `top_k`, `same_row`, in place of the model's own
+    **options,                   # `decode`, `top_k`, `same_row`, `registration`, in place of the model's own
 ) -> dict[str, Tensor]:          # gap_coords, slider_coords [B, 2] input px; gap_score, slider_score [B]; *_candidates, *_candidate_scores
     "The two points of each picture, their scores in [0, 1] (probabilities, once calibrated) and the runners-up."
     with full_precision(outputs['offsets'].device.type):
@@ -708,8 +713,8 @@ def read_weights(
     except (KeyError, ValueError): return {}   # the caller says what is missing
 
 # %% ../nbs/04_model.ipynb #6b4267da
-SHIPPED = {'pretrained': 'e412720fa2c18ed6d62a9347337316a623ba77de2aa93222c06ab56a70edc345',       # SHA-256
-           'pretrained-fast': '66266de260e0baf8aa67468ed50542951494fd3b5fb43b302a3437697440c746'}
+SHIPPED = {'pretrained': 'c4c867b588dde8e4a374c3373c96f054e5b8d95ee07950f19b73a5873ff3721d',       # SHA-256
+           'pretrained-fast': '5eb75ccb1df84bf0e12beefa69a2cde0a3ff5a1844d06c0047235c4a81440bb6'}
 
 def shipped_weights(
     name: str,   # a key of `SHIPPED`
