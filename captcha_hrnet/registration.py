@@ -86,6 +86,7 @@ def registered(
     steps = torch.arange(-REACH, REACH + 1, device=image.device)
     doubt = DOUBT*((steps - network[:, :1, None])**2 + (steps[:, None] - network[:, 1:, None])**2)
     apart, at = refined_peak(agreement - doubt)
-    believed = (agreement.flatten(1).gather(1, at[:, None]) >= LEAST) & (network.abs() <= 1).all(1, keepdim=True)   # no point outside of the image
+    inside = torch.cat([gap - cells[0], slider - cells[1]], 1).abs().amax(1, keepdim=True) <= 1
+    believed = inside & (agreement.flatten(1).gather(1, at[:, None]) >= LEAST)
     half = torch.where(believed, apart - network, 0.)/2
     return gap + half, slider - half

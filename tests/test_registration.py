@@ -48,7 +48,7 @@ def test_the_distance_is_found_and_the_middle_kept(seed, place, error):
     found = registered(captcha(seed, place[:2], place[2:]), gap, slider)
     wrong = found[0] - found[1] - truth[0] + truth[1]
     before = gap - slider - truth[0] + truth[1]
-    assert wrong.norm() < .15 + .4*before.norm()
+    assert wrong.norm() < .25 + .4*before.norm()
     torch.testing.assert_close(found[0] + found[1], gap + slider, atol=1e-3, rtol=0)
 
 
