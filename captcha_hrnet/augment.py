@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 import torch.nn.functional as F
+from .config import AugmentConfig
 
 # %% ../nbs/05_augment.ipynb #b041cd4e
 def draws(
@@ -61,7 +62,7 @@ def augmented(
     seed: tuple,     # ints ≥ 0: the same give the same
 ) -> dict:           # the same keys, views·B samples: each sample's views follow each other
     "A training batch with its pictures changed, and points, angles and letterboxes with them."
-    if config == type(config)(): return batch
+    if config == AugmentConfig(): return batch
     batch = {name: value.repeat_interleave(config.views, 0) if isinstance(value, Tensor) else value for name, value in batch.items()}
     image, letterbox, angle = batch['image'], batch['letterbox'], batch['gap_angle']
     box = letterbox.to(image.device, torch.float32)
