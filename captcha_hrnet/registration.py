@@ -80,7 +80,7 @@ def registered(
 ) -> tuple[Tensor, Tensor]:   # gap and slider [B, 2]: what they were, each moved by half of what their distance was wrong by
     "Make the distance of gap and slider piece what laying one over the other says, where that says anything."
     cells = [nearest_cells(points.floor().long(), image.shape[2:]) for points in (gap, slider)]
-    around, piece = (edge_maps(windows(image.float(), cell, RADIUS + reach + 3)) for cell, reach in zip(cells, (REACH, 0)))
+    around, piece = (edge_maps(windows(image, cell, RADIUS + reach + 3).float()) for cell, reach in zip(cells, (REACH, 0)))
     agreement = correlation(piece, around)
     network = gap - slider - (cells[0] - cells[1])
     steps = torch.arange(-REACH, REACH + 1, device=image.device)
