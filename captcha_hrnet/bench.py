@@ -154,7 +154,8 @@ def train_variants(
 ) -> dict[str, Callable[[], float]]:
     "Optimiser steps, with one setting of `train` changed at a time."
     device = pick_device(config.hardware.device)
-    changes = {'as configured': {}, 'other memory format': dict(channels_last=not config.train.channels_last)}
+    changes = {'as configured': {}}
+    if config.train.step != 'kernels': changes |= {'other memory format': dict(channels_last=not config.train.channels_last)}   # the kernels have one of their own
     changes |= {f'amp {amp}': dict(amp=amp) for amp in ('bf16', 'off') if amp != config.train.amp and device.type == 'cuda'}
     others = {'eager', 'graphs', *(['kernels'] if config.model.name.startswith('lite_hrnet') else [])} - {config.train.step}
     if device.type == 'cuda' and not config.train.compile: changes |= {f'step {step}': dict(step=step) for step in sorted(others)}
@@ -215,7 +216,9 @@ def main(
     if run.hardware.threads: torch.set_num_threads(run.hardware.threads)
     with tempfile.TemporaryDirectory() as folder:
         variants = VARIANTS[what](run, seconds, **(dict(folder=folder) if what == 'data' else {}))
-        rates, seen = compare(variants, rounds), machine() | dict(threads=str(torch.get_num_threads()))
+        try: rates = compare(variants, rounds)
+        except torch.OutOfMemoryError: raise UserError('out of memory, as the variants stay there side by side: a smaller train.batch_size may fit') from None
+        seen = machine() | dict(threads=str(torch.get_num_threads()))
     if json: print(json_format.dumps(dict(what=what, machine=seen, rounds=rounds, seconds=seconds, rates=[asdict(rate) for rate in rates])))
     else: print(report(rates), *(f'{key}: {value}' for key, value in seen.items()), sep='\n')
 
