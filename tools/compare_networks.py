@@ -58,7 +58,7 @@ class Maps(nn.Module):
         self.model = model
 
     def forward(self, image):
-        features = self.model.neck(self.model.backbone(image))
+        features = self.model.neck(self.model.context(self.model.backbone(image)))
         return tuple(head(features) for head in self.model.heads.values())
 
 def runtimes(model) -> dict:  # runtime -> a function that predicts one picture of 256×512 px on as many threads as PyTorch has
