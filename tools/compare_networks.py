@@ -141,6 +141,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
+    if args.networks == "published" and "accuracy" in args.what: parser.error("published: for speed alone; `heads` compares the accuracy of dense heads")
     torch.set_num_threads(args.threads)
     warnings.filterwarnings("ignore", module="torch.onnx")
     networks, file = NETWORKS[args.networks], ROOT/"nbs"/f"{args.networks}.json"
