@@ -19,7 +19,7 @@ def captcha(size, at, channels=4) -> dict:
     box = Letterbox(*size, WIDTH, HEIGHT)
     gap, slider = (torch.from_numpy(letterbox([x*size[0], y*size[1]], box.params)).float() for x, y in at)
     (w, h), (left, top) = box.scaled, map(int, box.params[2:4])
-    assume(min((p - q).abs().min() for p in (gap, slider) for q in (torch.tensor([left, top]), torch.tensor([left + w, top + h]))) > 13 and (gap - slider).norm() > 28)
+    assume(min((p - q).abs().min() for p in (gap, slider) for q in (torch.tensor([left, top]), torch.tensor([left + w, top + h]))) > 13 and (gap - slider).norm() > 40)   # so that neither is near the other at half the size either
     image = torch.zeros(1, 4, HEIGHT, WIDTH)
     for x, y in (gap, slider): image[:, :3] += 200*torch.exp(-((COLUMN - x)**2 + (ROW - y)**2)/(2*3**2))
     inside = ((COLUMN >= left) & (COLUMN < left + w) & (ROW >= top) & (ROW < top + h)).float()
