@@ -63,11 +63,13 @@ def augmented(
 ) -> dict:           # the same keys, views·B samples: each sample's views follow each other
     "A training batch with its pictures changed, and points, angles and letterboxes with them."
     if config == AugmentConfig(): return batch
-    batch = {name: value.repeat_interleave(config.views, 0) if isinstance(value, Tensor) else value for name, value in batch.items()}
-    image, letterbox, angle = batch['image'], batch['letterbox'], batch['gap_angle']
+    image, kept = batch['image'], int(config.views > 1)   # views of a picture that stay as they are
+    batch = {name: value.repeat_interleave(config.views, 0) if isinstance(value, Tensor) else value for name, value in batch.items() if name != 'image'}
+    letterbox, angle = batch['letterbox'], batch['gap_angle']
     box = letterbox.to(image.device, torch.float32)
-    draw = draws(seed, len(image), 10).to(image.device, non_blocking=True)
-    changed = (torch.arange(len(image), device=image.device) % config.views > 0) | (config.views == 1)
+    draw = draws(seed, len(box), 10).to(image.device, non_blocking=True)
+    changed = torch.arange(len(box), device=image.device) % config.views >= kept
+    def views(each): return each.unflatten(0, (len(image), config.views))[:, kept:].flatten(0, 1)   # the changed ones
     size = torch.tensor([image.shape[3], image.shape[2]], device=image.device)
     flip = changed & (draw[:, 0] < config.flip)
     low, high = config.scale
@@ -79,8 +81,10 @@ def augmented(
         many = [len(points)] + [1]*(points.ndim - 2)
         turned = torch.where(flip.view(many), size[1] - points[..., 1], points[..., 1])
         return torch.stack([points[..., 0], turned], -1)*scale.view(*many, 1) + shift.view(*many, 2)
-    if config.flip or low < 1: image = resampled(image, scale, shift, flip)
-    if config.color: image = torch.where(changed[:, None, None, None], recolored(image, draw[:, 4:], config.color), image)
+    new = image.repeat_interleave(config.views - kept, 0)
+    if config.flip or low < 1: new = resampled(new, *map(views, (scale, shift, flip)))
+    if config.color: new = recolored(new, views(draw[:, 4:]), config.color)
+    if kept: new = torch.cat([image[:, None], new.unflatten(0, (len(image), -1))], 1).flatten(0, 1)
     letterbox = torch.cat([letterbox[:, :2]*scale[:, None].to(letterbox), (pad*scale[:, None] + shift).to(letterbox), letterbox[:, 4:]], 1)
-    return batch | dict(image=image, letterbox=letterbox, gap_angle=torch.where(flip.to(angle.device), -angle, angle),
+    return batch | dict(image=new, letterbox=letterbox, gap_angle=torch.where(flip.to(angle.device), -angle, angle),
                         **{name: move(batch[name]) for name in ('gap_coords', 'slider_coords', 'decoys')})

@@ -8,9 +8,10 @@ __all__ = ['BACKBONES', 'UNCALIBRATED', 'HEATMAP_BIAS', 'ROW_SIGMA_PX', 'APART_P
            'separable_layers', 'fuse_path', 'LiteHRModule', 'transition', 'LiteHRNet', 'initialise', 'read_state_dict',
            'bare_name', 'backbone_tensors', 'load_backbone_weights', 'create_backbone', 'smoothing', 'LiteFPN',
            'full_precision', 'PredictionHead', 'place_codes', 'ContextLayer', 'Context', 'CaptchaKeypointNet',
-           'values_at', 'window_at', 'soft_argmax_offset', 'gaussian_blur', 'dark_offset', 'decode_points', 'best_pair',
-           'scores_of', 'decode_outputs', 'create_lite_hrnet_18_fpn', 'halved', 'save_weights', 'read_weights',
-           'shipped_weights', 'load_model', 'OperationCounter', 'model_parts', 'model_table']
+           'values_at', 'window_at', 'soft_argmax_offset', 'gaussian_blur', 'dark_offset', 'decode_points',
+           'refined_points', 'best_pair', 'scores_of', 'candidate_pairs', 'decode_outputs', 'create_lite_hrnet_18_fpn',
+           'halved', 'save_weights', 'read_weights', 'shipped_weights', 'load_model', 'OperationCounter', 'model_parts',
+           'model_table']
 
 # %% ../nbs/04_model.ipynb #51d63b25
 import hashlib, json, re, warnings
@@ -28,8 +29,9 @@ from fastcore.basics import patch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from .config import Section, UserError, check_tree, write_atomically
-from .geometry import HeatmapCodec
+from .geometry import HeatmapCodec, nearest_cells
 from .registration import registered
+from .reranking import PAIRS, PairNet, best_of_pairs
 from .twin import RepHRNet
 
 # %% ../nbs/04_model.ipynb #0a6b3a89
@@ -476,6 +478,7 @@ class CaptchaKeypointNet(nn.Module):
         decode: str = 'offset',         # 'offset', 'soft_argmax' or 'dark'
         top_k: int = 5,                 # candidates
         same_row: bool = False,         # prefer pairs of candidates whose y agree
+        reranking: bool = False,            # look at likely pairs of gap and slider piece again, both places at once
         registration: bool = False,         # correct their distance by laying the slider piece's edges over the gap's
         context: str = 'none',          # 'stride16' or 'stride32': the branch whose places know of each other
     ):
@@ -489,6 +492,7 @@ class CaptchaKeypointNet(nn.Module):
         if angle_head: self.heads['angle'] = head(2, weight_std=1e-3)
         self.codec = HeatmapCodec(stride=4)
         self.register_buffer('calibration', UNCALIBRATED.clone())
+        self.pair_net = PairNet().requires_grad_(False) if reranking else None   # trained on its own, of a detector that is done
         self.decode_options = dict(decode=decode, top_k=top_k, same_row=same_row, registration=registration)
 
     def forward(self,
@@ -497,7 +501,8 @@ class CaptchaKeypointNet(nn.Module):
         image = self.prepare(image)
         features = self.neck(self.context(self.backbone(image)))
         outputs = {name: head(features) for name, head in self.heads.items()} | {'valid': self.valid_cells(image)}
-        return outputs if self.training or not self.decode_options['registration'] else outputs | {'image': image}
+        looks = self.pair_net is not None or self.decode_options['registration']
+        return outputs | {'image': image} if looks and not self.training else outputs
 
 # %% ../nbs/04_model.ipynb #40df7392
 @patch
@@ -597,11 +602,18 @@ def decode_points(
 ) -> tuple[Tensor, Tensor]:  # logits [B, K] falling, points [B, K, 2] input px
     "The best peaks of one heat map, each refined to a fraction of a cell."
     best, cell = codec.peaks(logits, valid, min(top_k, logits[0].numel()))
+    return best, refined_points(logits, offsets, valid, codec, decode, cell)
+
+def refined_points(
+    logits: Tensor, offsets: Tensor, valid: Tensor, codec: HeatmapCodec, decode: str,   # of `decode_points`
+    cell: Tensor,        # int64 [B, K, 2] column, row
+) -> Tensor:             # [B, K, 2] input px
+    "Cells to points, by one of the three ways."
     if decode == 'offset': refined = values_at(offsets.float(), cell)
     elif decode == 'soft_argmax': refined = soft_argmax_offset(logits, valid, cell)
     elif decode == 'dark': refined = dark_offset(logits, valid, cell)
     else: raise UserError(f'model.decode: {decode!r}; allowed: offset, soft_argmax, dark')
-    return best, codec.decode(cell, refined)
+    return codec.decode(cell, refined)
 
 # %% ../nbs/04_model.ipynb #1e23bee3
 def best_pair(
@@ -636,13 +648,44 @@ def _load_from_state_dict(self: CaptchaKeypointNet, state_dict, prefix, *rest):
 ROW_SIGMA_PX = 8.0  # input px; two cells, well under a piece's height
 APART_PX = 8.0      # input px; two cells, under a third of a piece
 
+def candidate_pairs(
+    outputs: dict[str, Tensor],  # of the network
+    codec: HeatmapCodec,         # of the grid
+    decode: str = 'offset',
+    top_k: int = 5,              # peaks of each map; each may be either
+    same_row: bool = False,
+    count: int = PAIRS,          # pairs of a picture
+) -> tuple[Tensor, Tensor, Tensor]:  # gaps, sliders [B, count, 2] input px; logits [B, count], falling, -inf where there is none
+    "The likeliest pairs of a gap and a slider piece among the peaks of both maps: what is a peak of one may be the other."
+    valid, maps = outputs['valid'], [(outputs['gap_heatmap'], outputs['offsets'][:, 0:2]), (outputs['slider_heatmap'], outputs['offsets'][:, 2:4])]
+    size = valid.shape[2:]
+    cells = [codec.peaks(logits, valid, min(top_k, size.numel()))[1] for logits, _ in maps]
+    again = ((cells[1][:, :, None] - cells[0][:, None]).abs().amax(-1) <= 1).any(2)   # a peak of both maps is one place
+    places = torch.cat(cells, 1)
+    found = []
+    for logits, offsets in maps:
+        around = window_at(logits.float().masked_fill(~valid, -torch.inf), places, 1).flatten(2)
+        best, index = around.max(2)
+        cell = nearest_cells(places + torch.stack([index % 3, index // 3], 2) - 1, size)
+        found += [best, refined_points(logits, offsets, valid, codec, decode, cell)]
+    (gap_logits, gaps, slider_logits, sliders), K = found, places.shape[1]
+    difference = gaps[:, :, None] - sliders[:, None]
+    together = gap_logits[:, :, None] + slider_logits[:, None]
+    if same_row: together = together - difference[..., 1]**2/(2*ROW_SIGMA_PX**2)
+    again = torch.cat([torch.zeros_like(again), again], 1)
+    together = together.masked_fill((difference.square().sum(-1) < APART_PX**2) | again[:, :, None] | again[:, None], -torch.inf)
+    logits, best = together.flatten(1).topk(min(count, K*K))
+    def pick(points, index): return points.gather(1, index[..., None].expand(-1, -1, 2))
+    return pick(gaps, best // K), pick(sliders, best % K), logits
+
 def decode_outputs(
     outputs: dict[str, Tensor],  # of the network
     codec: HeatmapCodec,         # of the grid
     decode: str = 'offset',      # 'offset', 'soft_argmax' or 'dark'
     top_k: int = 5,              # candidates
     same_row: bool = False,      # prefer pairs of candidates whose y agree
-    registration: bool = False,      # correct the distance, where `outputs` hold the image (see registration)
+    reranking: PairNet | None = None,     # looks at likely pairs again, where `outputs` hold the image
+    registration: bool = False,           # correct the distance, likewise
     calibration: Tensor = UNCALIBRATED,   # [2, 2] gap, slider: slope and intercept
 ) -> dict[str, Tensor]:          # see `decode_predictions`
     "Heat maps and offsets to points; stays on the device, in float32."
@@ -653,6 +696,10 @@ def decode_outputs(
     gap_scores, slider_scores = (scores_of(*each) for each in zip((gap_logits, slider_logits), calibration))
     def pick(points, best): return points.gather(1, best[:, None, None].expand(-1, 1, 2))[:, 0]
     points = pick(gaps, gap), pick(sliders, slider)
+    if reranking is not None and 'image' in outputs:
+        *pairs, logits = candidate_pairs(outputs, codec, decode, top_k, same_row)
+        best = best_of_pairs(reranking, outputs['image'], *pairs, logits)
+        points = [pick(each, best) for each in pairs]
     if registration and 'image' in outputs: points = registered(outputs['image'], *points)
     return dict(gap_coords=points[0], slider_coords=points[1],
                 gap_score=gap_scores.gather(1, gap[:, None])[:, 0], slider_score=slider_scores.gather(1, slider[:, None])[:, 0],
@@ -664,11 +711,12 @@ def decode_outputs(
 @torch.no_grad()
 def decode_predictions(self: CaptchaKeypointNet,
     outputs: dict[str, Tensor],  # of `forward`
-    **options,                   # `decode`, `top_k`, `same_row`, `registration`, in place of the model's own
+    **options,                   # `decode`, `top_k`, `same_row`, `reranking`, `registration`, in place of the model's own
 ) -> dict[str, Tensor]:          # gap_coords, slider_coords [B, 2] input px; gap_score, slider_score [B]; *_candidates, *_candidate_scores
     "The two points of each picture, their scores in [0, 1] (probabilities, once calibrated) and the runners-up."
     with full_precision(outputs['offsets'].device.type):
-        return decode_outputs(outputs, self.codec, calibration=self.calibration, **self.decode_options | options)
+        own = dict(calibration=self.calibration, reranking=self.pair_net) | self.decode_options
+        return decode_outputs(outputs, self.codec, **own | options)
 
 # %% ../nbs/04_model.ipynb #406e4697
 def create_lite_hrnet_18_fpn(
@@ -682,7 +730,8 @@ def create_lite_hrnet_18_fpn(
     model = CaptchaKeypointNet(backbone, **settings)
     if start is None: return model
     other = load_model(start)
-    try: model.load_state_dict(other.state_dict() | dict(calibration=UNCALIBRATED))   # training changes what a score is worth
+    state = {name: value for name, value in other.state_dict().items() if model.pair_net is not None or not name.startswith('pair_net.')}   # a second look may stay behind
+    try: model.load_state_dict(state | dict(calibration=UNCALIBRATED))   # training changes what a score is worth
     except RuntimeError:
         theirs = other.config['model']
         different = [f'{key}: {theirs[key]} there, {ours} here' for key, ours in model_config if key in theirs and theirs[key] != ours and key not in ('weights', 'start_from')]

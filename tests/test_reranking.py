@@ -1,0 +1,237 @@
+"""The second look: which pairs it is shown, what is in its views, when it has a say, and how it learns."""
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from captcha_hrnet import train_reranking
+from captcha_hrnet.config import UserError, load_config
+from captcha_hrnet.geometry import HeatmapCodec
+from captcha_hrnet.model import APART_PX, candidate_pairs, create_lite_hrnet_18_fpn, decode_outputs, load_model, save_weights
+from captcha_hrnet.reranking import BEHIND, RADIUS, PairNet, best_of_pairs, pair_views
+from captcha_hrnet.train_reranking import SAME_PX, compared_pairs, fit_shares, second_looks
+
+torch.set_num_threads(1)
+CODEC, seeds = HeatmapCodec(stride=4), st.integers(0, 10**6)
+SMALL = dict(name='rep_hrnet_18', neck_channels=8, head_channels=8)
+
+
+def maps(seed, count=2, rows=8, columns=12) -> dict:
+    "What a network might say of pictures."
+    chance = torch.Generator().manual_seed(seed)
+    rand = lambda *shape: torch.randn(count, *shape, rows, columns, generator=chance)
+    return dict(gap_heatmap=3*rand(1), slider_heatmap=3*rand(1), offsets=rand(4).sigmoid(), valid=rand(1) > -1.5,
+                image=torch.rand(count, 4, 4*rows, 4*columns, generator=chance))
+
+
+class Says(PairNet):
+    "Gives a pair what a function of its views says, and counts what it was shown."
+    def __init__(self, function, shares=(1., 1.)):
+        super().__init__()
+        self.function, self.shown = function, 0
+        self.shares.copy_(torch.tensor(shares))
+
+    def forward(self, views):
+        self.shown += len(views)
+        return self.function(views)
+
+
+def slow_pairs(outputs, i, top_k):
+    "The pairs of one picture, place by place."
+    valid, found = outputs['valid'][i, 0], []
+    logits = [outputs[name][i, 0].masked_fill(~valid, -torch.inf) for name in ('gap_heatmap', 'slider_heatmap')]
+    peaks = []
+    for each in logits:
+        around = lambda r, c: each[max(r - 1, 0):r + 2, max(c - 1, 0):c + 2]
+        tops = [(each[r, c].item(), r, c) for r, c in itertools.product(*map(range, each.shape)) if valid[r, c] and each[r, c] == around(r, c).max()]
+        peaks.append([(r, c) for _, r, c in sorted(tops, reverse=True)[:top_k]])
+    places = peaks[0] + [(r, c) for r, c in peaks[1] if all(max(abs(r - y), abs(c - x)) > 1 for y, x in peaks[0])]
+    def role(k, place):
+        cells = [(r, c) for r, c in itertools.product(*(range(max(v - 1, 0), min(v + 2, n)) for v, n in zip(place, valid.shape)))]
+        r, c = max(cells, key=lambda cell: logits[k][cell])
+        return logits[k][r, c].item(), CODEC.decode(torch.tensor([c, r]), outputs['offsets'][i, 2*k:2*k + 2, r, c]).tolist()
+    for gap, slider in itertools.product(places, places):
+        (a, p), (b, q) = role(0, gap), role(1, slider)
+        if a + b > -np.inf and np.hypot(p[0] - q[0], p[1] - q[1]) >= APART_PX: found.append((a + b, *p, *q))
+    return sorted(found, reverse=True)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seeds, st.integers(1, 5), st.integers(1, 12))
+def test_candidate_pairs(seed, top_k, count):
+    "Against the slow twin: every place in both roles, likeliest first."
+    outputs = maps(seed)
+    gaps, sliders, logits = candidate_pairs(outputs, CODEC, top_k=top_k, count=count)
+    for i in range(2):
+        slow = slow_pairs(outputs, i, top_k)[:count]
+        known = logits[i] > -torch.inf
+        assert known.sum() == len(slow) and (known.long().diff() <= 0).all()
+        fast = torch.cat([logits[i, :, None], gaps[i], sliders[i]], 1)[known]
+        torch.testing.assert_close(fast, torch.tensor(slow).view(-1, 5), atol=1e-3, rtol=0)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seeds, st.lists(st.tuples(*[st.floats(-9, 130)]*4), min_size=1, max_size=3), st.sampled_from([3, 4]))
+def test_views(seed, places, channels):
+    "Cut out of the picture as if it went on in black."
+    image = torch.rand(1, channels, 64, 96, generator=torch.Generator().manual_seed(seed))
+    gap, slider = torch.tensor(places)[None].split(2, 2)
+    views = pair_views(image, gap, slider)
+    whole = image if channels > 3 else torch.cat([image, torch.ones(1, 1, 64, 96)], 1)
+    black = torch.nn.functional.pad(whole, [RADIUS]*4)
+    for k, points in enumerate((slider[0], gap[0])):
+        for n, (x, y) in enumerate(points.floor().long().tolist()):
+            x, y = min(max(x, 0), 95), min(max(y, 0), 63)
+            assert torch.equal(views[n, 4*k:4*k + 4], black[0, :, y:y + 2*RADIUS + 1, x:x + 2*RADIUS + 1])
+
+
+@settings(max_examples=30, deadline=None)
+@given(seeds)
+def test_only_pairs_in_question_are_looked_at_and_each_picture_alone(seed):
+    outputs, net = maps(seed, 3), Says(lambda views: 9*views.mean((1, 2, 3)))
+    gaps, sliders, logits = candidate_pairs(outputs, CODEC)
+    best = best_of_pairs(net, outputs['image'], gaps, sliders, logits)
+    asked = logits >= logits[:, :1] - BEHIND
+    assert net.shown == asked[asked.sum(1) > 1].sum()
+    for i in range(3):
+        views = pair_views(outputs['image'][i:i + 1], gaps[i:i + 1], sliders[i:i + 1])
+        both = (logits[i] + net.function(views)).masked_fill(~asked[i], -torch.inf)
+        assert both[best[i]] >= both.max() - 1e-4
+        assert best_of_pairs(net, outputs['image'][i:i + 1], gaps[i:i + 1], sliders[i:i + 1], logits[i:i + 1]) == best[i]
+
+
+@settings(max_examples=30, deadline=None)
+@given(seeds)
+def test_decoding_with_a_second_look(seed):
+    "Coordinates are those of the pair that it chose; scores and candidates stay. Without a say it changes nothing but which of equals is first."
+    outputs = maps(seed)
+    gaps, sliders, logits = candidate_pairs(outputs, CODEC)
+    before, silent = decode_outputs(outputs, CODEC), decode_outputs(outputs, CODEC, reranking=PairNet().eval())
+    last = Says(lambda views: torch.arange(len(views))*100.)
+    found = decode_outputs(outputs, CODEC, reranking=last)
+    for i in range(2):
+        alone = {name: value[i:i + 1] for name, value in outputs.items()}
+        chosen = int((logits[i] >= logits[i, 0] - BEHIND).sum()) - 1
+        one = decode_outputs(alone, CODEC, reranking=last)
+        for name, points in (('gap_coords', gaps), ('slider_coords', sliders)):
+            assert torch.equal(one[name][0], points[i, chosen]) and torch.equal(silent[name][i], points[i, 0])
+    for name in found:
+        if 'coords' not in name: assert torch.equal(found[name], before[name])
+    assert torch.equal(decode_outputs({name: value for name, value in outputs.items() if name != 'image'}, CODEC, reranking=last)['gap_coords'], before['gap_coords'])
+
+
+def trained(tmp_path, **more):
+    "A small network with settings of a run, in a file; scores that follow the picture."
+    torch.manual_seed(0)
+    model = create_lite_hrnet_18_fpn(dict(SMALL, **more)).eval()
+    model.config = load_config('configs/quickstart.yaml', [f'model.{key}={value}' for key, value in dict(SMALL, **more).items()]).to_dict()
+    save_weights(model, tmp_path/'net.safetensors')
+    return model
+
+
+def test_files_keep_it_and_other_networks_may_leave_it_behind(tmp_path):
+    model = trained(tmp_path, reranking=True)
+    model.pair_net.shares.copy_(torch.tensor([2., .5]))
+    save_weights(model, tmp_path/'net.safetensors')
+    again = load_model(tmp_path/'net.safetensors')
+    assert torch.equal(again.pair_net.shares, torch.tensor([2., .5])) and not any(p.requires_grad for p in again.pair_net.parameters())
+    image = torch.randint(0, 256, (2, 4, 64, 128), dtype=torch.uint8)
+    assert 'image' in again(image) and 'image' not in again.train()(image)
+    plain = create_lite_hrnet_18_fpn(dict(SMALL, start_from=str(tmp_path/'net.safetensors')))
+    with_it = create_lite_hrnet_18_fpn(dict(SMALL, reranking=True, start_from=str(tmp_path/'net.safetensors')))
+    assert plain.pair_net is None and torch.equal(with_it.pair_net.shares, again.pair_net.shares)
+    trained(tmp_path)
+    with pytest.raises(UserError, match='another network .*reranking: False there, True here'):
+        create_lite_hrnet_18_fpn(dict(SMALL, reranking=True, start_from=str(tmp_path/'net.safetensors')))
+
+
+class Batches(list):
+    "A loader of batches that are there already."
+    batch_sampler = property(lambda self: self)
+    def set_position(self, epoch): pass
+
+
+def drawn(count, seed=0):
+    "Black pictures, each with a dark and a bright square, and maps that cannot tell which is which."
+    chance, batch = np.random.default_rng(seed), dict(image=torch.zeros(count, 4, 64, 128, dtype=torch.uint8))
+    batch['image'][:, 3] = 255
+    places = []
+    for i in range(count):
+        x = chance.permutation([24, 64, 104])[:2]
+        y = int(chance.integers(16, 48))
+        for at, value in zip(x, (60, 220)): batch['image'][i, :3, y - 8:y + 8, at - 8:at + 8] = value
+        places.append([[at + .5, y + .5] for at in x])
+    gap, slider = torch.tensor(places).unbind(1)
+    return batch | dict(gap_coords=gap, slider_coords=slider)
+
+
+class Blind(torch.nn.Module):
+    "A detector that sees both squares and takes each for either."
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.codec, self.pair_net = CODEC, PairNet()
+        self.register_buffer('calibration', torch.ones(2, 2))
+
+    def forward(self, image):
+        there = torch.nn.functional.avg_pool2d(image[:, :1].float().clamp_max(60)/6, 17, 4, 8)
+        there = there + 1e-3*torch.rand(there.shape)
+        return dict(gap_heatmap=there, slider_heatmap=there.clone(), offsets=torch.full((len(image), 4, *there.shape[2:]), .5),
+                    valid=torch.ones_like(there, dtype=torch.bool), image=image.float()/255)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seeds)
+def test_compared_pairs(seed):
+    "First the truth, then the truth exchanged, then others, each of them wrong."
+    torch.manual_seed(seed)
+    batch = drawn(3, seed)
+    gaps, sliders, known = compared_pairs(Blind(), batch, 6)
+    gap, slider = batch['gap_coords'][:, None], batch['slider_coords'][:, None]
+    near = lambda a, b: (a - b).abs().amax(-1) < SAME_PX
+    assert known[:, :2].all() and (near(gaps[:, :1], gap) & near(sliders[:, :1], slider)).all()
+    assert torch.equal(gaps[:, 1], sliders[:, 0]) and torch.equal(sliders[:, 1], gaps[:, 0])
+    wrong = ~(near(gaps, gap) & near(sliders, slider) | near(gaps, slider) & near(sliders, gap))
+    assert wrong[:, 2:][known[:, 2:]].all()
+
+
+def test_it_learns_what_the_detector_cannot_tell():
+    "The gap is the dark one. Before training half the answers are right, after it nearly all; the share that a fit gives cannot be bettered."
+    model = Blind()
+    torch.manual_seed(0)
+    second_looks(model, Batches(drawn(8, seed) for seed in range(12)), epochs=4, lr=5e-3, weight_decay=.01, pairs=3, looks=1)
+    held_out = Batches(drawn(16, 100 + seed) for seed in range(6))
+    found = fit_shares(model, held_out)
+    assert found['captchas'] == 96 and found['candidates'] > 90
+    assert found['before'] < .75*found['candidates'] and found['after'] > .9*found['candidates']
+    assert not model.pair_net.training and not any(p.requires_grad for p in model.pair_net.parameters())
+    assert model.pair_net.shares[1] > 0
+
+
+@pytest.mark.parametrize('arguments, line', [
+    (dict(out='x.pth'), 'must end in .safetensors'), (dict(out='x.safetensors', pairs_from='net.safetensors'), 'net.safetensors: has no second look'),
+    (dict(out='x.safetensors', config='none.yaml'), 'none.yaml'), (dict(out='x.safetensors', weights='none.pth'), 'none.pth')])
+def test_mistakes(tmp_path, monkeypatch, arguments, line):
+    trained(tmp_path)
+    config = str((train_reranking.Path.cwd()/'configs/reranking.yaml'))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=line): train_reranking.main(**dict(weights='net.safetensors', config=config, set=['train.num_workers=0']) | arguments)
+    assert not list(tmp_path.glob('x.*'))
+
+
+def test_the_command(tmp_path):
+    "A detector goes in, the same one with a second look comes out; another takes the look as it is and fits its share."
+    trained(tmp_path)
+    less = ['train.num_workers=0', 'data.train_samples=6', 'data.val_samples=8', 'train.batch_size=3', 'eval.batch_size=4', 'sched.epochs=1', 'sched.warmup_epochs=0',
+            'data.input_height=64', 'data.input_width=128', 'hardware.device=cpu']
+    def make(**more): train_reranking.main(weights=str(tmp_path/'net.safetensors'), config='configs/reranking.yaml', set=less, **more)
+    make(out=str(tmp_path/'one.safetensors'))
+    make(out=str(tmp_path/'two.safetensors'), pairs_from=str(tmp_path/'one.safetensors'))
+    before, one, two = (load_model(tmp_path/f'{name}.safetensors') for name in ('net', 'one', 'two'))
+    assert one.config['model']['reranking'] and one.pair_net.shares[1] != 0
+    for name, value in before.state_dict().items(): assert torch.equal(value, one.state_dict()[name])
+    for name, value in one.pair_net.state_dict().items():
+        if name != 'shares': assert torch.equal(value, two.pair_net.state_dict()[name]), name
