@@ -762,7 +762,7 @@ def read_weights(
     except (KeyError, ValueError): return {}   # the caller says what is missing
 
 # %% ../nbs/04_model.ipynb #6b4267da
-SHIPPED = {'pretrained': 'e7c3fbc2a81259a5f562382c002561a63d9b0052fcd97532451871bfd67cc6c5',       # SHA-256
+SHIPPED = {'pretrained': '2e9d7ea6c9ccc8e443a058a08a3c76764ed1a68a544ae5175cb489728d1fb4e6',       # SHA-256
            'pretrained-fast': '5eb75ccb1df84bf0e12beefa69a2cde0a3ff5a1844d06c0047235c4a81440bb6'}
 
 def shipped_weights(

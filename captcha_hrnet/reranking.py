@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['RADIUS', 'PAIRS', 'BEHIND', 'pair_views', 'Residual', 'PairNet', 'best_of_pairs']
 
-# %% ../nbs/03_reranking.ipynb #453d7b2c
+# %% ../nbs/03_reranking.ipynb #570ae999
 import torch
 from torch import Tensor, nn
 from .geometry import nearest_cells
 from .registration import windows
 
-# %% ../nbs/03_reranking.ipynb #6a36e16c
+# %% ../nbs/03_reranking.ipynb #fcac46f2
 RADIUS = 64   # px of the input around a place
 
 def pair_views(
@@ -26,7 +26,7 @@ def pair_views(
         return torch.cat([found[:, :3]*(found[:, 3:] > 0), found[:, 3:]], 1)
     return torch.cat([view(slider), view(gap)], 1)
 
-# %% ../nbs/03_reranking.ipynb #8e1e3c12
+# %% ../nbs/03_reranking.ipynb #02ddf82e
 def _layer(before: int, after: int, stride: int = 1): return [nn.Conv2d(before, after, 3, stride, 1, bias=False), nn.BatchNorm2d(after)]
 
 class Residual(nn.Module):
@@ -52,7 +52,7 @@ class PairNet(nn.Module):
         found = self.layers(views)
         return self.out(torch.cat([found.mean((2, 3)), found.amax((2, 3))], 1))[:, 0]
 
-# %% ../nbs/03_reranking.ipynb #a94a5058
+# %% ../nbs/03_reranking.ipynb #8a0acb82
 PAIRS = 6    # of a picture, at most
 BEHIND = 3.  # how far behind the detector's best pair one may be, and still be looked at (logits)
 

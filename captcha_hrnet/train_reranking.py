@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['log', 'SAME_PX', 'compared_pairs', 'turned', 'second_looks', 'fit_shares', 'main']
 
-# %% ../nbs/09_train_reranking.ipynb #ebde3c26
+# %% ../nbs/09_train_reranking.ipynb #67a5b64e
 import logging
 import time
 from contextlib import nullcontext
 from pathlib import Path
 
-# %% ../nbs/09_train_reranking.ipynb #dc8d8571
+# %% ../nbs/09_train_reranking.ipynb #3fecdb59
 import torch
 from fastcore.script import Param
 from torch import Tensor
@@ -25,7 +25,7 @@ from .reranking import BEHIND, PairNet, pair_views
 
 log = logging.getLogger('captcha_hrnet')
 
-# %% ../nbs/09_train_reranking.ipynb #f4d55ef5
+# %% ../nbs/09_train_reranking.ipynb #a374e706
 SAME_PX = 8.   # px of the input: places nearer than that are one place
 
 def compared_pairs(
@@ -46,7 +46,7 @@ def compared_pairs(
     known = torch.cat([torch.ones(len(best), 2, dtype=torch.bool, device=best.device), best > -torch.inf], 1)
     return torch.cat([truth, pick(gaps)], 1), torch.cat([truth.flip(1), pick(sliders)], 1), known
 
-# %% ../nbs/09_train_reranking.ipynb #cdcce1ba
+# %% ../nbs/09_train_reranking.ipynb #00773e34
 def turned(
     views: Tensor,   # [N, 8, S, S] of `pair_views`
 ) -> Tensor:         # the same shape
@@ -93,7 +93,7 @@ def second_looks(
                         losses, right = [], []
     net.requires_grad_(False).eval()
 
-# %% ../nbs/09_train_reranking.ipynb #356f2e4c
+# %% ../nbs/09_train_reranking.ipynb #55fc078f
 @torch.no_grad()
 def fit_shares(
     model: CaptchaKeypointNet,   # its `pair_net` gets its shares
@@ -122,7 +122,7 @@ def fit_shares(
     model.pair_net.shares.copy_(shares.detach())
     return dict(captchas=count, candidates=int(known.sum()), before=int((first.argmax(1) == target).sum()), after=int((logits().argmax(1) == target).sum()))
 
-# %% ../nbs/09_train_reranking.ipynb #933a226b
+# %% ../nbs/09_train_reranking.ipynb #e9b020f0
 @cli
 def main(
     weights: Param('the detector: a weights file, a checkpoint, pretrained or pretrained-fast', str, required=True) = None,
@@ -143,11 +143,13 @@ def main(
     if pairs_from and model.pair_net is None: raise UserError(f'--pairs_from {pairs_from}: has no second look')
     if model.pair_net is None: model.pair_net = PairNet().to(device, memory_format=torch.channels_last)   # otherwise it goes on
     pipeline = DataPipeline(config).setup()
-    if not pairs_from: second_looks(model, pipeline.train_loader, config.sched.epochs, config.optimizer.lr, config.optimizer.weight_decay,
-                 amp=config.train.amp == 'bf16' and device.type != 'cpu', log_every=config.train.log_every)
+    if not pairs_from:
+        second_looks(model, pipeline.train_loader, config.sched.epochs, config.optimizer.lr, config.optimizer.weight_decay,
+                     amp=config.train.amp == 'bf16' and device.type != 'cpu', log_every=config.train.log_every)
     log.info('%s', fit_shares(model, pipeline.val_loader))
     model.config['model']['reranking'] = True
     save_weights(model.cpu(), Path(out), **model.facts)
 
-# %% ../nbs/09_train_reranking.ipynb #cd24bc50
+# %% ../nbs/09_train_reranking.ipynb #5f75cda0
+#| eval: false
 if __name__ == '__main__': main()
