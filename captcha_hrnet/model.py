@@ -678,6 +678,7 @@ def candidate_pairs(
     def pick(points, index): return points.gather(1, index[..., None].expand(-1, -1, 2))
     return pick(gaps, best // K), pick(sliders, best % K), logits
 
+# %% ../nbs/04_model.ipynb #1b88389a
 def decode_outputs(
     outputs: dict[str, Tensor],  # of the network
     codec: HeatmapCodec,         # of the grid
@@ -763,7 +764,7 @@ def read_weights(
 
 # %% ../nbs/04_model.ipynb #6b4267da
 SHIPPED = {'pretrained': '2e9d7ea6c9ccc8e443a058a08a3c76764ed1a68a544ae5175cb489728d1fb4e6',       # SHA-256
-           'pretrained-fast': '5eb75ccb1df84bf0e12beefa69a2cde0a3ff5a1844d06c0047235c4a81440bb6'}
+           'pretrained-fast': 'a6d1f230342fae2a52db23dfff095e2c8cd0f228ed07176a615b10976d266656'}
 
 def shipped_weights(
     name: str,   # a key of `SHIPPED`
