@@ -65,32 +65,33 @@ def second_looks(
     amp: bool = False,           # bfloat16
     log_every: int = 50,         # steps
 ):
-    "Train the second look: of a picture's pairs, which one is true? (cross-entropy)."
+    "Train the second look: of a picture's pairs, which one is true? (cross-entropy). Ctrl-C ends it early."
     device, net = model.calibration.device, model.pair_net.requires_grad_(True).train()
     optimizer = torch.optim.AdamW(net.parameters(), lr, weight_decay=weight_decay)
     steps = epochs*len(loader)*looks
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=.1)
     precision = torch.autocast(device.type, torch.bfloat16) if amp else nullcontext()
-    losses, right, step, pictures, start = [], [], 0, 0, time.perf_counter()
-    with tqdm(total=steps, desc='second looks', disable=None, leave=False) as bar:
+    losses, right, pictures, start = [], [], 0, time.perf_counter()   # of each step
+    def step(views, known):
+        with precision: logits = net(turned(views).contiguous(memory_format=torch.channels_last)).float().view(known.shape).masked_fill(~known, -torch.inf)
+        loss = F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=device))
+        optimizer.zero_grad(); loss.backward(); optimizer.step(); schedule.step()
+        losses.append(loss.detach()); right.append((logits.argmax(1) == 0).float().mean().detach())
+    try:
         for epoch in range(epochs):
             loader.batch_sampler.set_position(epoch)
-            for batch in loader:
+            for batch in tqdm(loader, f'second looks, epoch {epoch}', disable=None, leave=False):
                 batch = to_device(batch, device)
                 with torch.no_grad(), precision:
                     *places, known = compared_pairs(model, batch, pairs)
                     views = pair_views(batch['image'].float()/255, *places)
                 pictures += len(known)
                 for _ in range(looks):
-                    with precision: logits = net(turned(views).contiguous(memory_format=torch.channels_last)).float().view(known.shape).masked_fill(~known, -torch.inf)
-                    loss = F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=device))
-                    optimizer.zero_grad(); loss.backward(); optimizer.step(); schedule.step()
-                    losses.append(loss.detach()); right.append((logits.argmax(1) == 0).float().mean().detach())
-                    bar.update(); step += 1
-                    if step % log_every == 0 or step == steps:
-                        log.info('step=%d of %d loss=%.4f right=%.1f%% pictures/s=%.0f', step, steps, torch.stack(losses).mean(),
-                                 100*torch.stack(right).mean(), pictures/(time.perf_counter() - start))
-                        losses, right = [], []
+                    step(views, known)
+                    if len(losses) % log_every == 0 or len(losses) == steps:
+                        loss, share = (torch.stack(each[-log_every:]).mean().item() for each in (losses, right))
+                        log.info('step=%d of %d loss=%.4f right=%.1f%% pictures/s=%.0f', len(losses), steps, loss, 100*share, pictures/(time.perf_counter() - start))
+    except KeyboardInterrupt: log.warning('stopped after step %d of %d: what it has learnt so far is kept', len(losses), steps)
     net.requires_grad_(False).eval()
 
 # %% ../nbs/09_train_reranking.ipynb #55fc078f
@@ -133,10 +134,12 @@ def main(
 ):
     "Train a second look at likely pairs of gap and slider piece, for a detector that is trained."
     if Path(out).suffix != '.safetensors': raise UserError(f'--out {out}: the name must end in .safetensors')
+    if Path(out).exists(): raise UserError(f'--out {out}: is there already')
     make_folder(Path(out).parent, '--out', 'command line')
     logging.basicConfig(format='%(message)s'); log.setLevel(logging.INFO)
     config = load_config(config, set)
     seed_everything(config.seed)
+    if config.hardware.threads: torch.set_num_threads(config.hardware.threads)
     device = pick_device(config.hardware.device)
     model = load_model(weights, device).to(memory_format=torch.channels_last)
     if pairs_from: model.pair_net = load_model(pairs_from, device).pair_net

@@ -211,9 +211,20 @@ def test_it_learns_what_the_detector_cannot_tell():
     assert model.pair_net.shares[1] > 0
 
 
+def test_a_training_that_is_stopped_keeps_what_it_learnt(caplog):
+    class Stopped(Batches):
+        def __iter__(self):
+            yield self[0]
+            raise KeyboardInterrupt
+    model = Blind()
+    before = model.pair_net.out.weight.clone()
+    second_looks(model, Stopped([drawn(4)]*3), epochs=1, lr=1e-3, weight_decay=0, pairs=3, looks=1)
+    assert 'after step 1 of 3' in caplog.text and not torch.equal(model.pair_net.out.weight, before) and not model.pair_net.training
+
+
 @pytest.mark.parametrize('arguments, line', [
     (dict(out='x.pth'), 'must end in .safetensors'), (dict(out='x.safetensors', pairs_from='net.safetensors'), 'net.safetensors: has no second look'),
-    (dict(out='x.safetensors', config='none.yaml'), 'none.yaml'), (dict(out='x.safetensors', weights='none.pth'), 'none.pth')])
+    (dict(out='net.safetensors'), 'is there already'), (dict(out='x.safetensors', config='none.yaml'), 'none.yaml'), (dict(out='x.safetensors', weights='none.pth'), 'none.pth')])
 def test_mistakes(tmp_path, monkeypatch, arguments, line):
     trained(tmp_path)
     config = str((train_reranking.Path.cwd()/'configs/reranking.yaml'))
