@@ -9,9 +9,9 @@ __all__ = ['BACKBONES', 'UNCALIBRATED', 'HEATMAP_BIAS', 'ROW_SIGMA_PX', 'APART_P
            'bare_name', 'backbone_tensors', 'load_backbone_weights', 'create_backbone', 'smoothing', 'LiteFPN',
            'full_precision', 'PredictionHead', 'place_codes', 'ContextLayer', 'Context', 'CaptchaKeypointNet',
            'values_at', 'window_at', 'soft_argmax_offset', 'gaussian_blur', 'dark_offset', 'decode_points',
-           'refined_points', 'best_pair', 'scores_of', 'candidate_pairs', 'decode_outputs', 'create_lite_hrnet_18_fpn',
-           'halved', 'save_weights', 'read_weights', 'shipped_weights', 'load_model', 'OperationCounter', 'model_parts',
-           'model_table']
+           'refined_points', 'best_pair', 'scores_of', 'picked', 'candidate_pairs', 'decode_outputs',
+           'create_lite_hrnet_18_fpn', 'halved', 'save_weights', 'read_weights', 'shipped_weights', 'load_model',
+           'OperationCounter', 'model_parts', 'model_table']
 
 # %% ../nbs/04_model.ipynb #51d63b25
 import hashlib, json, re, warnings
@@ -648,6 +648,13 @@ def _load_from_state_dict(self: CaptchaKeypointNet, state_dict, prefix, *rest):
 ROW_SIGMA_PX = 8.0  # input px; two cells, well under a piece's height
 APART_PX = 8.0      # input px; two cells, under a third of a piece
 
+def picked(
+    points: Tensor,  # [B, K, 2]
+    index: Tensor,   # int64 [B, P]
+) -> Tensor:         # [B, P, 2]
+    "Some of each picture's points."
+    return points.gather(1, index[..., None].expand(-1, -1, 2))
+
 def candidate_pairs(
     outputs: dict[str, Tensor],  # of the network
     codec: HeatmapCodec,         # of the grid
@@ -675,8 +682,7 @@ def candidate_pairs(
     again = torch.cat([torch.zeros_like(again), again], 1)
     together = together.masked_fill((difference.square().sum(-1) < APART_PX**2) | again[:, :, None] | again[:, None], -torch.inf)
     logits, best = together.flatten(1).topk(min(count, K*K))
-    def pick(points, index): return points.gather(1, index[..., None].expand(-1, -1, 2))
-    return pick(gaps, best // K), pick(sliders, best % K), logits
+    return picked(gaps, best // K), picked(sliders, best % K), logits
 
 # %% ../nbs/04_model.ipynb #1b88389a
 def decode_outputs(
@@ -695,12 +701,11 @@ def decode_outputs(
     slider_logits, sliders = decode_points(outputs['slider_heatmap'], offsets[:, 2:4], valid, codec, decode, top_k)
     gap, slider = best_pair(gap_logits.sigmoid(), gaps, slider_logits.sigmoid(), sliders, APART_PX, ROW_SIGMA_PX if same_row else torch.inf)
     gap_scores, slider_scores = (scores_of(*each) for each in zip((gap_logits, slider_logits), calibration))
-    def pick(points, best): return points.gather(1, best[:, None, None].expand(-1, 1, 2))[:, 0]
-    points = pick(gaps, gap), pick(sliders, slider)
+    points = [picked(each, best[:, None])[:, 0] for each, best in ((gaps, gap), (sliders, slider))]
     if reranking is not None and 'image' in outputs:
         *pairs, logits = candidate_pairs(outputs, codec, decode, top_k, same_row)
         best = best_of_pairs(reranking, outputs['image'], *pairs, logits)
-        points = [pick(each, best) for each in pairs]
+        points = [picked(each, best[:, None])[:, 0] for each in pairs]
     if registration and 'image' in outputs: points = registered(outputs['image'], *points)
     return dict(gap_coords=points[0], slider_coords=points[1],
                 gap_score=gap_scores.gather(1, gap[:, None])[:, 0], slider_score=slider_scores.gather(1, slider[:, None])[:, 0],
