@@ -39,7 +39,7 @@ class Residual(nn.Module):
 
 class PairNet(nn.Module):
     "How much two places look like a slider piece and its gap."
-    def __init__(self, widths: tuple = (32, 48, 96, 144)):
+    def __init__(self, widths: tuple = (32, 48, 96, 144)):   # channels of the maps at strides 2, 4, 8 and 16
         super().__init__()
         layers = [*_layer(8, widths[0], 2), nn.ReLU(inplace=True)]
         for before, after in zip(widths, widths[1:]): layers += [*_layer(before, after, 2), nn.ReLU(inplace=True), Residual(after)]
