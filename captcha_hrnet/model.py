@@ -605,7 +605,11 @@ def decode_points(
     return best, refined_points(logits, offsets, valid, codec, decode, cell)
 
 def refined_points(
-    logits: Tensor, offsets: Tensor, valid: Tensor, codec: HeatmapCodec, decode: str,   # of `decode_points`
+    logits: Tensor,      # [B, 1, H, W]
+    offsets: Tensor,     # [B, 2, H, W] x, y in cells
+    valid: Tensor,       # bool [B, 1, H, W]
+    codec: HeatmapCodec, # of the grid
+    decode: str,         # 'offset', 'soft_argmax' or 'dark'
     cell: Tensor,        # int64 [B, K, 2] column, row
 ) -> Tensor:             # [B, K, 2] input px
     "Cells to points, by one of the three ways."
@@ -658,9 +662,9 @@ def picked(
 def candidate_pairs(
     outputs: dict[str, Tensor],  # of the network
     codec: HeatmapCodec,         # of the grid
-    decode: str = 'offset',
+    decode: str = 'offset',      # 'offset', 'soft_argmax' or 'dark'
     top_k: int = 5,              # peaks of each map; each may be either
-    same_row: bool = False,
+    same_row: bool = False,      # prefer pairs whose y agree
     count: int = PAIRS,          # pairs of a picture
 ) -> tuple[Tensor, Tensor, Tensor]:  # gaps, sliders [B, count, 2] input px; logits [B, count], falling, -inf where there is none
     "The likeliest pairs of a gap and a slider piece among the peaks of both maps: what is a peak of one may be the other."

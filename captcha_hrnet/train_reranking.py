@@ -66,7 +66,8 @@ def second_looks(
     model: CaptchaKeypointNet,   # its `pair_net` learns
     loader,                      # of training batches
     epochs: int,
-    lr: float, weight_decay: float,   # the highest; of AdamW
+    lr: float,                   # the highest
+    weight_decay: float,         # of AdamW
     pairs: int = 8,              # of a picture
     looks: int = 2,              # at each of them
     amp: bool = False,           # bfloat16
