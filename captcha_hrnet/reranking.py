@@ -65,11 +65,10 @@ def best_of_pairs(
 ) -> Tensor:         # int64 [B]: which pair
     "The likeliest pair for detector and second look together; a picture with one pair in question is not looked at."
     asked = logits >= logits[:, :1] - BEHIND
-    many, best = asked.sum(1) > 1, torch.zeros(len(logits), dtype=torch.long, device=logits.device)
-    if not many.any(): return best
-    asked, logits = asked[many], logits[many]
+    asked = asked & (asked.sum(1, keepdim=True) > 1)
+    best = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
+    if not asked.any(): return best
     looks = torch.full_like(logits, -torch.inf)
-    views = pair_views(image[many], gap[many], slider[many])[asked.flatten()]
+    views = pair_views(image[asked.nonzero()[:, 0]], gap[asked][:, None], slider[asked][:, None])
     looks[asked] = net.shares[1]*net(views).float()
-    best[many] = (net.shares[0]*logits + looks).argmax(1)
-    return best
+    return torch.where(asked.any(1), (net.shares[0]*logits + looks).argmax(1), best)
