@@ -86,5 +86,5 @@ def augmented(
     if config.color: new = recolored(new, views(draw[:, 4:]), config.color)
     if kept: new = torch.cat([image[:, None], new.unflatten(0, (len(image), -1))], 1).flatten(0, 1)
     letterbox = torch.cat([letterbox[:, :2]*scale[:, None].to(letterbox), (pad*scale[:, None] + shift).to(letterbox), letterbox[:, 4:]], 1)
-    return batch | dict(image=new, letterbox=letterbox, gap_angle=torch.where(flip.to(angle.device), -angle, angle),
+    return batch | dict(image=new, letterbox=letterbox, piece_size=batch['piece_size']*scale[:, None], gap_angle=torch.where(flip.to(angle.device), -angle, angle),
                         **{name: move(batch[name]) for name in ('gap_coords', 'slider_coords', 'decoys')})

@@ -189,7 +189,7 @@ def random_batch(config, device) -> dict:
     count, data, points = config.train.batch_size, config.data, torch.Generator().manual_seed(0)
     place = lambda *shape: (torch.rand(*shape, 2, generator=points)*torch.tensor([data.input_width, data.input_height])).to(device)
     return dict(image=_pictures(config, count, device), gap_coords=place(count), slider_coords=place(count), decoys=place(count, data.max_decoys),
-                decoy_mask=torch.zeros(count, data.max_decoys, dtype=torch.bool, device=device), gap_angle=torch.zeros(count, device=device),
+                decoy_mask=torch.zeros(count, data.max_decoys, dtype=torch.bool, device=device), gap_angle=torch.zeros(count, device=device), piece_size=torch.zeros(count, 2, device=device),
                 letterbox=torch.tensor([1., 1, 0, 0, data.input_width, data.input_height]).repeat(count, 1).to(device), index=torch.arange(count))
 
 # %% ../nbs/12_bench.ipynb #94660430

@@ -202,7 +202,7 @@ class LabelTable:
 # %% ../nbs/03_data.ipynb #9d4dd70f
 def make_sample(
     image: np.ndarray,   # uint8 [h, w, 3], RGB
-    label: dict,         # gap, slider (`NONE` where there is none), decoys (original px), gap_angle (degrees), flags
+    label: dict,         # gap, slider (`NONE` where there is none), decoys (original px), gap_angle (degrees), flags; piece_size where it is known: width, height (original px)
     index: int,          # of the sample in its source
     input_width: int,    # px
     input_height: int,   # px
@@ -214,6 +214,7 @@ def make_sample(
     points, there = np.zeros((2 + max_decoys, 2), np.float32), np.zeros(2 + max_decoys, bool)
     points[:len(known)], there[:len(known)] = letterbox(known, box.params), np.isfinite(known).all(1)
     arrays = dict(image=letterbox_image(image, box), gap_coords=points[0], slider_coords=points[1], present=there[:2],
+                  piece_size=np.multiply(label.get('piece_size', 0.), box.params[:2]).astype(np.float32),
                   decoys=points[2:], decoy_mask=there[2:], letterbox=box.params)
     return dict({key: torch.from_numpy(array) for key, array in arrays.items()}, **label['flags'], gap_angle=float(label['gap_angle']), index=index)
 
@@ -337,7 +338,7 @@ class SyntheticDataset(Dataset):
 
     def __getitem__(self, i) -> dict:
         drawn = self.synth.draw(i)
-        label = dict(gap=drawn.gap or NONE, slider=drawn.slider or NONE, decoys=drawn.decoys, gap_angle=drawn.gap_angle, flags=drawn.flags)
+        label = dict(gap=drawn.gap or NONE, slider=drawn.slider or NONE, decoys=drawn.decoys, gap_angle=drawn.gap_angle, flags=drawn.flags, piece_size=drawn.piece_size)
         return make_sample(drawn.image, label, i, self.data.input_width, self.data.input_height, self.data.max_decoys)
 
 # %% ../nbs/03_data.ipynb #3cad8c73

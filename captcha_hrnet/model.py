@@ -31,7 +31,7 @@ from torch.utils.flop_counter import flop_registry
 from .config import Section, UserError, check_tree, write_atomically
 from .geometry import HeatmapCodec, nearest_cells
 from .registration import registered
-from .reranking import PAIRS, PairNet, best_of_pairs
+from .reranking import PAIRS, PairNet, best_of_pairs, recentred
 from .twin import RepHRNet
 
 # %% ../nbs/04_model.ipynb #0a6b3a89
@@ -711,6 +711,7 @@ def decode_outputs(
         best = best_of_pairs(reranking, outputs['image'], *pairs, logits)
         points = [picked(each, best[:, None])[:, 0] for each in pairs]
     if registration and 'image' in outputs: points = registered(outputs['image'], *points)
+    if reranking is not None and 'image' in outputs: points = recentred(reranking, outputs['image'], *points)
     return dict(gap_coords=points[0], slider_coords=points[1],
                 gap_score=gap_scores.gather(1, gap[:, None])[:, 0], slider_score=slider_scores.gather(1, slider[:, None])[:, 0],
                 gap_candidates=gaps, gap_candidate_scores=gap_scores,
@@ -772,8 +773,8 @@ def read_weights(
     except (KeyError, ValueError): return {}   # the caller says what is missing
 
 # %% ../nbs/04_model.ipynb #6b4267da
-SHIPPED = {'pretrained': '2e9d7ea6c9ccc8e443a058a08a3c76764ed1a68a544ae5175cb489728d1fb4e6',       # SHA-256
-           'pretrained-fast': 'a6d1f230342fae2a52db23dfff095e2c8cd0f228ed07176a615b10976d266656'}
+SHIPPED = {'pretrained': 'd7d1e7faa994f4adfa1a52397351423c448cb9b7063adf1cdd2da0a624f1c604',       # SHA-256
+           'pretrained-fast': 'b609002fe5ee5d349ab4469ba1eb7e03dea70149509883f547b1f4a2f64ba9fc'}
 
 def shipped_weights(
     name: str,   # a key of `SHIPPED`

@@ -25,7 +25,7 @@ def captcha(size, at, channels=4) -> dict:
     inside = ((COLUMN >= left) & (COLUMN < left + w) & (ROW >= top) & (ROW < top + h)).float()
     image = torch.cat([(image[:, :3] + 40)*inside, 255*inside.expand(1, 1, -1, -1)], 1).round().to(torch.uint8)[:, :channels]
     return dict(image=image, gap_coords=gap[None], slider_coords=slider[None], decoys=slider[None, None], decoy_mask=torch.ones(1, 1, dtype=torch.bool),
-                gap_angle=torch.tensor([20.], dtype=torch.float64), letterbox=torch.from_numpy(box.params)[None], index=torch.tensor([7]))
+                piece_size=torch.tensor([[20., 30.]]), gap_angle=torch.tensor([20.], dtype=torch.float64), letterbox=torch.from_numpy(box.params)[None], index=torch.tensor([7]))
 
 
 def found_at(image, point):
@@ -46,6 +46,7 @@ def test_points_stay_on_what_they_marked(size, at, seed, low, flip, channels):
     one = augmented(batch, AugmentConfig(flip=flip, scale=(low, 1.)), seed)
     for name in ('gap_coords', 'slider_coords'): assert (found_at(one['image'][0], one[name][0]) - one[name][0]).abs().max() < .1
     assert torch.equal(one['decoys'][:, 0], one['slider_coords'])
+    assert torch.allclose(one['piece_size']*batch['letterbox'][:, :2], batch['piece_size']*one['letterbox'][:, :2])   # the same size in px of the original picture
     before, after = (unletterbox(b['gap_coords'], b['letterbox'])[0] for b in (batch, one))   # px of the original picture
     turned = one['gap_angle'].item() == -20
     assert abs(before[0] - after[0]) < 1e-2 and abs(before[1] - (size[1] - after[1] if turned else after[1])) < .02

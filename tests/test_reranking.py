@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from captcha_hrnet import train_reranking
 from captcha_hrnet.config import UserError, load_config
 from captcha_hrnet.geometry import HeatmapCodec
-from captcha_hrnet.model import APART_PX, candidate_pairs, create_lite_hrnet_18_fpn, decode_outputs, load_model, save_weights
-from captcha_hrnet.reranking import BEHIND, RADIUS, PairNet, best_of_pairs, pair_views
-from captcha_hrnet.train_reranking import SAME_PX, compared_pairs, fit_shares, second_looks
+from captcha_hrnet.model import APART_PX, CaptchaKeypointNet, candidate_pairs, create_lite_hrnet_18_fpn, decode_outputs, load_model, save_weights
+from captcha_hrnet.reranking import BEHIND, RADIUS, PairNet, best_of_pairs, middle_pixels, off_middle, pair_views, recentred
+from captcha_hrnet.train_reranking import SAME_PX, compared_pairs, fit_doubt, fit_shares, second_looks, turned
 
 torch.set_num_threads(1)
 CODEC, seeds = HeatmapCodec(stride=4), st.integers(0, 10**6)
@@ -165,7 +165,7 @@ def drawn(count, seed=0):
         for at, value in zip(x, (60, 220)): batch['image'][i, :3, y - 8:y + 8, at - 8:at + 8] = value
         places.append([[at + .5, y + .5] for at in x])
     gap, slider = torch.tensor(places).unbind(1)
-    return batch | dict(gap_coords=gap, slider_coords=slider)
+    return batch | dict(gap_coords=gap, slider_coords=slider, piece_size=torch.full((count, 2), 16.))
 
 
 class Blind(torch.nn.Module):
@@ -175,6 +175,8 @@ class Blind(torch.nn.Module):
         torch.manual_seed(0)
         self.codec, self.pair_net, self.decode_options = CODEC, PairNet(), dict(decode='offset', top_k=5, same_row=False, registration=False)
         self.register_buffer('calibration', torch.ones(2, 2))
+
+    decode_predictions = CaptchaKeypointNet.decode_predictions
 
     def forward(self, image):
         there = torch.nn.functional.avg_pool2d(image[:, :1].float().clamp_max(60)/6, 17, 4, 8)
@@ -186,10 +188,17 @@ class Blind(torch.nn.Module):
 @settings(max_examples=20, deadline=None)
 @given(seeds)
 def test_compared_pairs(seed):
-    "First the truth, then the truth exchanged, then others, each of them wrong."
-    torch.manual_seed(seed)
-    batch = drawn(3, seed)
-    gaps, sliders, known = compared_pairs(Blind(), batch, 6)
+    "First the truth, then the truth exchanged, then others, each of them wrong; both places of a pair a little away, by the same."
+    batch, found = drawn(3, seed), {}
+    for away in (0., 5.):
+        torch.manual_seed(seed)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train_reranking, 'AWAY', away)
+            found[away] = compared_pairs(Blind(), batch, 6)
+    gaps, sliders, known = found[0.]
+    moved = [found[5.][k] - found[0.][k] for k in (0, 1)]
+    torch.testing.assert_close(*moved, atol=1e-4, rtol=0)
+    assert moved[0].abs().max() > 1 and torch.equal(known, found[5.][2])
     gap, slider = batch['gap_coords'][:, None], batch['slider_coords'][:, None]
     near = lambda a, b: (a - b).abs().amax(-1) < SAME_PX
     assert known[:, :2].all() and (near(gaps[:, :1], gap) & near(sliders[:, :1], slider)).all()
@@ -198,17 +207,86 @@ def test_compared_pairs(seed):
     assert wrong[:, 2:][known[:, 2:]].all()
 
 
+@settings(max_examples=40, deadline=None)
+@given(seeds)
+def test_turned_views_keep_what_is_said_of_them(seed):
+    "A rectangle's centre and size are found again after the turn; masks stay masks, and both views are turned alike."
+    torch.manual_seed(seed)
+    left, top, width, height = (int(torch.randint(low, high, ())) for low, high in ((1, 20), (1, 20), (3, 12), (3, 12)))
+    views = torch.zeros(2, 8, 33, 33)
+    views[:, :, top:top + height, left:left + width] = torch.arange(1., 9)[:, None, None]
+    centre, size = torch.tensor([[left + width/2 - 16.5, top + height/2 - 16.5]]*2), torch.tensor([[width, height]]*2)
+    views, centre, size = turned(views, centre, size)
+    assert set(views[:, 3].unique().tolist()) == {0, 4} and set(views[:, 7].unique().tolist()) == {0, 8}
+    assert torch.equal((views[:, 4:7] - views[:, :3])[:, :, views[0, 3] > 0], torch.full((2, 3, width*height), 4.))
+    rows, columns = (views[0, 3] > 0).nonzero().unbind(1)
+    for axis, found in enumerate((columns, rows)):
+        low, high = found.min().item() - 16.5, found.max().item() - 15.5
+        assert abs((low + high)/2 - centre[0, axis]) < 1e-4 and high - low == size[0, axis]
+
+
+class Sees(PairNet):
+    "Says where sides are, and how far off that may be."
+    def __init__(self, sides, doubt): super().__init__(); self.said = sides, doubt
+    def maps(self, views): return views
+    def outline(self, views): return tuple(torch.as_tensor(each).expand(len(views), *torch.as_tensor(each).shape) for each in self.said)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.floats(4, 60), min_size=8, max_size=8), st.lists(st.floats(-9, 9), min_size=4, max_size=4), st.floats(-3, 3), st.floats(-3, 3))
+def test_recentred(places, sides, ours, theirs):
+    "Between what the detector and what the outline says, nearer to the surer one; the distance of both points stays."
+    image, (gap, slider) = torch.rand(2, 4, 64, 64), torch.tensor(places).view(2, 2, 2)
+    net = Sees(torch.tensor(sides).view(2, 2), [theirs]*2)
+    before = recentred(net, image, gap, slider)
+    assert torch.equal(before[0], gap) and torch.equal(before[1], slider)   # it has no say before its doubt is fitted
+    net.doubt.fill_(ours)
+    found = recentred(net, image, gap, slider)
+    torch.testing.assert_close(found[0] - found[1], gap - slider, atol=1e-4, rtol=0)
+    seen = net.said[0].mean(1) + sum(middle_pixels(points, image) + .5 for points in (gap, slider))/2
+    mine, weight = (gap + slider)/2, np.exp(-2*theirs)/(np.exp(-2*ours) + np.exp(-2*theirs))
+    torch.testing.assert_close((found[0] + found[1])/2, mine + weight*(seen - mine), atol=1e-3, rtol=0)
+    torch.testing.assert_close(off_middle(image, gap, slider) - off_middle(image, gap + 1, slider + 3, of=(gap, slider)), torch.full((2, 2), -2.), atol=1e-4, rtol=0)
+
+
 def test_it_learns_what_the_detector_cannot_tell():
-    "The gap is the dark one. Before training half the answers are right, after it nearly all; the share that a fit gives cannot be bettered."
+    "The gap is the dark one. Before training half the answers are right, after it nearly all; and the squares' middles are seen where the detector sees cells."
     model = Blind()
     torch.manual_seed(0)
-    second_looks(model, Batches(drawn(8, seed) for seed in range(12)), epochs=4, lr=5e-3, weight_decay=.01, pairs=3, looks=1)
+    second_looks(model, Batches(drawn(8, seed) for seed in range(12)), epochs=12, lr=5e-3, weight_decay=.01, pairs=3, looks=1)
     held_out = Batches(drawn(16, 100 + seed) for seed in range(6))
     found = fit_shares(model, held_out)
     assert found['captchas'] == 96 and found['candidates'] > 90
     assert found['before'] < .75*found['candidates'] and found['after'] > .9*found['candidates']
     assert not model.pair_net.training and not any(p.requires_grad for p in model.pair_net.parameters())
     assert model.pair_net.shares[1] > 0
+    centres = fit_doubt(model, held_out)
+    assert centres['right'] >= .9*found['candidates'] and centres['after'] < .6*centres['before'] and centres['after'] <= centres['alone'] + .01
+
+
+@settings(max_examples=10, deadline=None)
+@given(seeds, st.floats(.2, 3.), st.floats(.2, 3.))
+def test_the_doubt_that_is_fitted_cannot_be_bettered(seed, ours, theirs):
+    "Both err by chance: together less than either, and no other doubt by less."
+    batches, chance = Batches(drawn(48, 100*seed + k) for k in range(3)), torch.Generator().manual_seed(seed)
+    points = torch.cat([(batch['gap_coords'] + batch['slider_coords'])/2 for batch in batches])
+    class Detector(Blind):
+        def forward(self, image): return dict(image=image)
+        def decode_predictions(self, outputs):
+            batch = next(batch for batch in batches if torch.equal(batch['image'], outputs['image']))
+            error = ours*torch.randn(48, 2, generator=torch.Generator().manual_seed(len(batch['image']) + int(batch['gap_coords'].sum())))
+            self.answer = {f'{name}_coords': batch[f'{name}_coords'] + error.clamp(-7, 7) for name in ('gap', 'slider')}
+            self.truth = off_middle(batch['image'], batch['gap_coords'], batch['slider_coords'], of=[self.answer[f'{name}_coords'] for name in ('gap', 'slider')])
+            return self.answer
+    class Outline(PairNet):
+        def maps(self, views): return views
+        def outline(self, views): return (model.truth + theirs*torch.randn(48, 2, generator=chance))[:, :, None].expand(-1, -1, 2), torch.zeros(48, 2)
+    model = Detector()
+    model.pair_net = Outline()
+    found = fit_doubt(model, batches)
+    assert found['captchas'] == found['right'] == len(points)
+    assert found['after'] <= min(found['before'], found['alone']) + 1e-3
+    assert abs(model.pair_net.doubt - np.log(ours/theirs)) < .5
 
 
 def test_a_training_that_is_stopped_keeps_what_it_learnt(caplog):

@@ -37,7 +37,7 @@ def batch_of(count, seed=0, first=0):
     image = torch.randint(0, 256, (count, 4, HEIGHT, WIDTH), dtype=torch.uint8, generator=generator)
     image[:, 3] = 255
     return dict(image=image, gap_coords=points(count), slider_coords=points(count), decoys=points(count, 2),
-                decoy_mask=torch.rand(count, 2, generator=generator) < .5, gap_angle=torch.zeros(count),
+                decoy_mask=torch.rand(count, 2, generator=generator) < .5, gap_angle=torch.zeros(count), piece_size=torch.full((count, 2), 20.),
                 letterbox=torch.tensor(Letterbox(WIDTH, HEIGHT, WIDTH, HEIGHT).params).expand(count, -1), index=torch.arange(first, first + count))
 
 
