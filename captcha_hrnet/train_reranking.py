@@ -22,7 +22,7 @@ from .config import Overrides, UserError, cli, load_config, make_folder, pick_de
 from .data import DataPipeline
 from .engine import seed_everything, to_device
 from .model import CaptchaKeypointNet, candidate_pairs, load_model, picked, save_weights
-from .reranking import BEHIND, PairNet, off_middle, pair_views
+from .reranking import BEHIND, SURE, PairNet, off_middle, pair_views
 
 log = logging.getLogger('captcha_hrnet')
 
@@ -155,7 +155,7 @@ def fit_doubt(
 ) -> dict:                       # captchas, of them with the right pair found, and their centres' mean error without and with a second look, px of the input
     "How far off the detector's centres should be taken to be, so that the mean of both errs least."
     net, found, count = model.pair_net, [], 0
-    net.doubt.fill_(-1e4)
+    net.doubt.fill_(SURE)
     for batch in tqdm(loader, desc='doubt', disable=None, leave=False):
         batch = to_device(batch, model.calibration.device)
         image, answers = batch['image'], model.decode_predictions(model(batch['image']))
@@ -164,6 +164,7 @@ def fit_doubt(
         right = torch.stack([(a - b).abs().amax(1) for a, b in zip(points, truth)]).amax(0) < SAME_PX
         found.append(torch.stack([off_middle(image, *points), off_middle(image, *truth, of=points), sides.mean(2), doubt], 1)[right]); count += len(right)
     found = torch.cat(found).double()
+    if not len(found): return dict(captchas=count, right=0)   # nothing to learn from
     detector, truth, centre, doubt = found.unbind(1)
     tried = torch.linspace(-6, 4, 201, device=found.device)
     errors = torch.stack([(detector + (2*(each - doubt)).sigmoid()*(centre - detector) - truth).abs().mean() for each in tried])

@@ -11,7 +11,7 @@ from captcha_hrnet import train_reranking
 from captcha_hrnet.config import UserError, load_config
 from captcha_hrnet.geometry import HeatmapCodec
 from captcha_hrnet.model import APART_PX, CaptchaKeypointNet, candidate_pairs, create_lite_hrnet_18_fpn, decode_outputs, load_model, save_weights
-from captcha_hrnet.reranking import BEHIND, RADIUS, PairNet, best_of_pairs, middle_pixels, off_middle, pair_views, recentred
+from captcha_hrnet.reranking import BEHIND, RADIUS, SURE, PairNet, best_of_pairs, middle_pixels, off_middle, pair_views, recentred
 from captcha_hrnet.train_reranking import SAME_PX, compared_pairs, fit_doubt, fit_shares, second_looks, turned
 
 torch.set_num_threads(1)
@@ -238,6 +238,7 @@ def test_recentred(places, sides, ours, theirs):
     "Between what the detector and what the outline says, nearer to the surer one; the distance of both points stays."
     image, (gap, slider) = torch.rand(2, 4, 64, 64), torch.tensor(places).view(2, 2, 2)
     net = Sees(torch.tensor(sides).view(2, 2), [theirs]*2)
+    assert net.doubt == SURE
     before = recentred(net, image, gap, slider)
     assert torch.equal(before[0], gap) and torch.equal(before[1], slider)   # it has no say before its doubt is fitted
     net.doubt.fill_(ours)
