@@ -478,7 +478,7 @@ class CaptchaKeypointNet(nn.Module):
         decode: str = 'offset',         # 'offset', 'soft_argmax' or 'dark'
         top_k: int = 5,                 # candidates
         same_row: bool = False,         # prefer pairs of candidates whose y agree
-        reranking: bool = False,            # look at likely pairs of gap and slider piece again, both places at once
+        reranking: bool = False,            # look at likely pairs of gap and slider piece and their outline again, both places at once
         registration: bool = False,         # correct their distance by laying the slider piece's edges over the gap's
         context: str = 'none',          # 'stride16' or 'stride32': the branch whose places know of each other
     ):
@@ -695,7 +695,7 @@ def decode_outputs(
     decode: str = 'offset',      # 'offset', 'soft_argmax' or 'dark'
     top_k: int = 5,              # candidates
     same_row: bool = False,      # prefer pairs of candidates whose y agree
-    reranking: PairNet | None = None,     # looks at likely pairs again, where `outputs` hold the image
+    reranking: PairNet | None = None,     # looks at likely pairs and their outline again, where `outputs` hold the image
     registration: bool = False,           # correct the distance, likewise
     calibration: Tensor = UNCALIBRATED,   # [2, 2] gap, slider: slope and intercept
 ) -> dict[str, Tensor]:          # see `decode_predictions`
