@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RADIUS', 'SURE', 'PAIRS', 'BEHIND', 'pair_views', 'middle_pixels', 'Residual', 'OutlineHead', 'PairNet',
-           'best_of_pairs', 'off_middle', 'recentred']
+           'best_of_pairs', 'off_middle', 'outline_of', 'recentred']
 
 # %% ../nbs/03_reranking.ipynb #570ae999
 import torch
@@ -129,6 +129,15 @@ def off_middle(
     "How far the two points of a pair lie on average from the middles of their views."
     return sum(points - middle_pixels(middle, image) - .5 for points, middle in zip((gap, slider), of or (gap, slider)))/2
 
+def outline_of(
+    net: PairNet,
+    image: Tensor,   # float [B, 3 or 4, H, W] in [0, 1]
+    gap: Tensor,     # [B, 2] x, y, px of the input
+    slider: Tensor,  # [B, 2]
+) -> tuple[Tensor, Tensor]:  # sides and doubt, as of `OutlineHead`
+    "What a pair looks like it is the outline of."
+    return net.outline(net.maps(pair_views(image, gap[:, None], slider[:, None])))
+
 def recentred(
     net: PairNet,
     image: Tensor,   # float [B, 3 or 4, H, W] in [0, 1], as the detector got it
@@ -136,6 +145,6 @@ def recentred(
     slider: Tensor,  # [B, 2]
 ) -> tuple[Tensor, Tensor]:  # gap and slider [B, 2]: both moved by the same
     "The middle of what both places show, between the detector's and this network's: each weighs as much as its squared error is small."
-    sides, doubt = net.outline(net.maps(pair_views(image, gap[:, None], slider[:, None])))
+    sides, doubt = outline_of(net, image, gap, slider)
     shift = (2*(net.doubt - doubt)).sigmoid()*(sides.mean(2) - off_middle(image, gap, slider))
     return gap + shift, slider + shift
