@@ -49,17 +49,18 @@ LEAST = .2    # correlation below which nothing is believed
 
 def windows(
     image: Tensor,   # float [B, 3 or 4, H, W]
-    middle: Tensor,  # int64 [B, 2] column, row
+    middle: Tensor,  # int64 [B·P, 2] column, row: P of each picture
     radius: int,
-) -> Tensor:         # [B, 4, 2·radius + 1, 2·radius + 1]; the mask is 0 outside of the image
-    "A square of pixels around one of each picture."
-    height, width = image.shape[2:]
+) -> Tensor:         # [B·P, 4, 2·radius + 1, 2·radius + 1]; the mask is 0 outside of the image
+    "Squares of pixels around some of each picture."
+    (count, channels, height, width), side = image.shape, 2*radius + 1
     steps = torch.arange(-radius, radius + 1, device=image.device)
     column, row = (middle[:, axis, None] + steps for axis in (0, 1))
     index = row.clamp(0, height - 1)[:, :, None]*width + column.clamp(0, width - 1)[:, None]
-    found = image.flatten(2).gather(2, index.flatten(1)[:, None].expand(-1, image.shape[1], -1)).unflatten(2, (2*radius + 1, -1))
+    found = image.flatten(2).gather(2, index.view(count, 1, -1).expand(-1, channels, -1))
+    found = found.view(count, channels, -1, side, side).transpose(1, 2).flatten(0, 1)
     inside = ((row >= 0) & (row < height))[:, None, :, None] & ((column >= 0) & (column < width))[:, None, None]
-    return torch.cat([found[:, :3], found[:, 3:]*inside if image.shape[1] > 3 else inside.to(found)], 1)
+    return torch.cat([found[:, :3], found[:, 3:]*inside if channels > 3 else inside.to(found)], 1)
 
 def refined_peak(
     values: Tensor,  # [B, N, N]

@@ -22,7 +22,6 @@ def pair_views(
     slider: Tensor,  # [B, P, 2]
 ) -> Tensor:         # [B·P, 8, 129, 129]: R, G, B and mask around the slider piece, then around the gap; 0 where there is no picture
     "What is around both places of each pair, one laid over the other."
-    image = image.repeat_interleave(gap.shape[1], 0)
     def view(points):
         found = windows(image, middle_pixels(points.flatten(0, 1), image), RADIUS)
         return torch.cat([found[:, :3]*(found[:, 3:] > 0), found[:, 3:]], 1)

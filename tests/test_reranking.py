@@ -316,7 +316,7 @@ def test_the_command(tmp_path):
     "A detector goes in, the same one with a second look comes out; another takes the look as it is and fits its share."
     trained(tmp_path)
     less = ['train.num_workers=0', 'data.train_samples=6', 'data.val_samples=8', 'train.batch_size=3', 'eval.batch_size=4', 'sched.epochs=1', 'sched.warmup_epochs=0',
-            'data.input_height=64', 'data.input_width=128', 'hardware.device=cpu']
+            'data.input_height=64', 'data.input_width=128', 'hardware.device=cpu', 'train.step=eager']
     def make(**more): train_reranking.main(weights=str(tmp_path/'net.safetensors'), config='configs/reranking.yaml', set=less, **more)
     make(out=str(tmp_path/'one.safetensors'))
     make(out=str(tmp_path/'two.safetensors'), pairs_from=str(tmp_path/'one.safetensors'))
