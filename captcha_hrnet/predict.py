@@ -36,7 +36,7 @@ class Prediction:
     slider: tuple[float, float] | None = None         # likewise
     gap_score: float | None = None                    # of the best peak, in [0, 1], whether it reaches the threshold or not; calibrated: the probability that the point is there and within 5 px of the truth
     slider_score: float | None = None                 # likewise
-    candidates: dict = field(default_factory=dict)    # gap, slider: the best peaks, best first, as (x, y, score); the answer is the first of each, unless those are one place
+    candidates: dict = field(default_factory=dict)    # gap, slider: the best peaks, best first, as (x, y, score); the first of its own is the answer where one point is found, and two are chosen together
     error: str | None = None                          # why there is no answer
     pixels: np.ndarray | None = field(default=None, repr=False, compare=False)   # uint8 [height, width, 3], RGB: what was looked at
 
@@ -228,11 +228,13 @@ def _fill(self: Predictor, prediction: Prediction, box: Tensor, found: dict):
     if not found['sound']:
         prediction.error = f'{prediction.image}: the network answers with numbers that are not finite: its weights are damaged'
         return
+    there = {}
     for name in ('gap', 'slider'):
         score, points = found[f'{name}_score'].item(), unletterbox(found[f'{name}_candidates'], box).tolist()
         setattr(prediction, f'{name}_score', score)
-        if score >= self.threshold: setattr(prediction, name, tuple(unletterbox(found[f'{name}_coords'], box).tolist()))
         prediction.candidates[name] = [(*point, s) for point, s in zip(points, found[f'{name}_candidate_scores'].tolist()) if s > 0]
+        if score >= self.threshold: there[name] = tuple(unletterbox(found[f'{name}_coords'], box).tolist())
+    for name, point in there.items(): setattr(prediction, name, point if len(there) == 2 else prediction.candidates[name][0][:2])   # a lone point owes nothing to another
 
 Predictor._answer, Predictor._fill = _answer, _fill
 

@@ -38,6 +38,7 @@ def likely_pairs(
     "The pairs that the detector finds likeliest, decoded as it decodes."
     return candidate_pairs((asked or model)(image), model.codec, **{key: model.decode_options[key] for key in ('decode', 'top_k', 'same_row')}, **options)
 
+# %% ../nbs/09_train_reranking.ipynb #2744fde0
 def by_kernels(
     model: CaptchaKeypointNet,   # on a GPU
     shape: tuple,                # of the batches
@@ -59,6 +60,7 @@ def by_kernels(
         return outputs
     return asked
 
+# %% ../nbs/09_train_reranking.ipynb #9a033487
 SAME_PX = 8.   # px of the input: places nearer than that are one place
 AWAY = 5.      # px of the input: standard deviation of how far away pairs are moved, those that are moved most
 

@@ -74,6 +74,30 @@ def test_an_answer_is_what_the_network_decodes_taken_home(model, size, seed):
     assert answer.distance == answer.gap[0] - answer.slider[0]
 
 
+@settings(max_examples=25)
+@given(size=sizes, seed=st.integers(0, 99), share=st.floats(.01, .99))
+def test_a_lone_point_owes_nothing_to_the_other(model, size, seed, share):
+    "Two points are those of the pair, wherever that puts them; where one alone reaches the threshold, it is the best of its own map."
+    class Moved:
+        "Decodes as the network does, and moves what it takes for a pair."
+        def __getattr__(self, name): return getattr(model, name)
+        def __call__(self, image): return model(image)
+        def decode_predictions(self, outputs):
+            found = model.decode_predictions(outputs)
+            return found | {name: found[name] + 7 for name in ('gap_coords', 'slider_coords')}
+    predictor, picture = Predictor(model, 'cpu', 0.), noise(*size, seed)
+    predictor.model = Moved()
+    both = predictor(picture)
+    low, high = sorted((both.gap_score, both.slider_score))
+    predictor.threshold = low + share*(high - low)
+    lone = predictor(picture)
+    for name in ('gap', 'slider'):
+        first = both.candidates[name][0]
+        if getattr(both, f'{name}_score') < predictor.threshold: assert getattr(lone, name) is None
+        elif low < predictor.threshold: assert getattr(lone, name) == first[:2] != getattr(both, name)
+        else: assert getattr(lone, name) == getattr(both, name)
+
+
 def test_a_real_checkpoint_alone_and_in_a_batch(checkpoint):
     predictor, pictures = Predictor(checkpoint, 'cpu', 0.), [noise(100 + 30*k, 80, k) for k in range(3)]
     for one, other in zip(predictor(pictures), map(predictor, pictures)):
