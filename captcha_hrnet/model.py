@@ -773,8 +773,8 @@ def read_weights(
     except (KeyError, ValueError): return {}   # the caller says what is missing
 
 # %% ../nbs/04_model.ipynb #6b4267da
-SHIPPED = {'pretrained': 'd7d1e7faa994f4adfa1a52397351423c448cb9b7063adf1cdd2da0a624f1c604',       # SHA-256
-           'pretrained-fast': 'b609002fe5ee5d349ab4469ba1eb7e03dea70149509883f547b1f4a2f64ba9fc'}
+SHIPPED = {'pretrained': 'cd6cbf987d2e3b5450bfc9f657d91708fa06bc8b1455a0a8faa3a42000eb8cc4',       # SHA-256
+           'pretrained-fast': 'b3df9c74e0e11bbebc4918a0006c18e444c0f41e4d3945d83719c1137549366d'}
 
 def shipped_weights(
     name: str,   # a key of `SHIPPED`

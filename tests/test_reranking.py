@@ -74,18 +74,18 @@ def test_candidate_pairs(seed, top_k, count):
 
 
 @settings(max_examples=30, deadline=None)
-@given(seeds, st.lists(st.tuples(*[st.floats(-9, 130)]*4), min_size=1, max_size=3), st.sampled_from([3, 4]))
+@given(seeds, st.lists(st.tuples(*[st.floats(-9, 130)]*8), min_size=1, max_size=3), st.sampled_from([3, 4]))
 def test_views(seed, places, channels):
-    "Cut out of the picture as if it went on in black."
-    image = torch.rand(1, channels, 64, 96, generator=torch.Generator().manual_seed(seed))
-    gap, slider = torch.tensor(places)[None].split(2, 2)
+    "Cut out of each of two pictures as if it went on in black."
+    image = torch.rand(2, channels, 64, 96, generator=torch.Generator().manual_seed(seed))
+    gap, slider = torch.tensor(places).view(len(places), 2, 4).transpose(0, 1).split(2, 2)   # [2, P, 2]
     views = pair_views(image, gap, slider)
-    whole = image if channels > 3 else torch.cat([image, torch.ones(1, 1, 64, 96)], 1)
+    whole = image if channels > 3 else torch.cat([image, torch.ones(2, 1, 64, 96)], 1)
     black = torch.nn.functional.pad(whole, [RADIUS]*4)
-    for k, points in enumerate((slider[0], gap[0])):
-        for n, (x, y) in enumerate(points.floor().long().tolist()):
+    for k, points in enumerate((slider, gap)):
+        for n, (x, y) in enumerate(points.flatten(0, 1).floor().long().tolist()):
             x, y = min(max(x, 0), 95), min(max(y, 0), 63)
-            assert torch.equal(views[n, 4*k:4*k + 4], black[0, :, y:y + 2*RADIUS + 1, x:x + 2*RADIUS + 1])
+            assert torch.equal(views[n, 4*k:4*k + 4], black[n // len(places), :, y:y + 2*RADIUS + 1, x:x + 2*RADIUS + 1])
 
 
 @settings(max_examples=30, deadline=None)
