@@ -666,7 +666,7 @@ def candidate_pairs(
     top_k: int = 5,              # peaks of each map; each may be either
     same_row: bool = False,      # prefer pairs whose y agree
     count: int = PAIRS,          # pairs of a picture
-) -> tuple[Tensor, Tensor, Tensor]:  # gaps, sliders [B, count, 2] input px; logits [B, count], falling, -inf where there is none
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # gaps, sliders [B, count, 2] input px; logits [B, count], falling, -inf where there is none; [B, count, 2] those of each gap and slider piece alone
     "The likeliest pairs of a gap and a slider piece among the peaks of both maps: what is a peak of one may be the other."
     valid, maps = outputs['valid'], [(outputs['gap_heatmap'], outputs['offsets'][:, 0:2]), (outputs['slider_heatmap'], outputs['offsets'][:, 2:4])]
     size = valid.shape[2:]
@@ -686,7 +686,8 @@ def candidate_pairs(
     again = torch.cat([torch.zeros_like(again), again], 1)
     together = together.masked_fill((difference.square().sum(-1) < APART_PX**2) | again[:, :, None] | again[:, None], -torch.inf)
     logits, best = together.flatten(1).topk(min(count, K*K))
-    return picked(gaps, best // K), picked(sliders, best % K), logits
+    alone = torch.stack([gap_logits.gather(1, best // K), slider_logits.gather(1, best % K)], 2)
+    return picked(gaps, best // K), picked(sliders, best % K), logits, alone
 
 # %% ../nbs/04_model.ipynb #1b88389a
 def decode_outputs(
@@ -704,16 +705,21 @@ def decode_outputs(
     gap_logits, gaps = decode_points(outputs['gap_heatmap'], offsets[:, 0:2], valid, codec, decode, top_k)
     slider_logits, sliders = decode_points(outputs['slider_heatmap'], offsets[:, 2:4], valid, codec, decode, top_k)
     gap, slider = best_pair(gap_logits.sigmoid(), gaps, slider_logits.sigmoid(), sliders, APART_PX, ROW_SIGMA_PX if same_row else torch.inf)
-    gap_scores, slider_scores = (scores_of(*each) for each in zip((gap_logits, slider_logits), calibration))
     points = [picked(each, best[:, None])[:, 0] for each, best in ((gaps, gap), (sliders, slider))]
+    alone = torch.cat([each.gather(1, best[:, None]) for each, best in ((gap_logits, gap), (slider_logits, slider))], 1)   # [B, 2] logits of both
     if reranking is not None and 'image' in outputs:
-        *pairs, logits = candidate_pairs(outputs, codec, decode, top_k, same_row)
+        *pairs, logits, each_alone = candidate_pairs(outputs, codec, decode, top_k, same_row)
         best = best_of_pairs(reranking, outputs['image'], *pairs, logits)
-        points = [picked(each, best[:, None])[:, 0] for each in pairs]
+        *points, alone = (picked(each, best[:, None])[:, 0] for each in (*pairs, each_alone))
     if registration and 'image' in outputs: points = registered(outputs['image'], *points)
-    if reranking is not None and 'image' in outputs: points = recentred(reranking, outputs['image'], *points)
+    if reranking is not None and 'image' in outputs:
+        *points, likeness = recentred(reranking, outputs['image'], *points)
+        more = reranking.worth*(likeness - reranking.usual)[:, None]   # of the answer's pair; candidates are judged as if they had its likeness
+        alone, gap_logits, slider_logits = alone + more, gap_logits + more[:, :1], slider_logits + more[:, 1:]
+    gap_score, slider_score = (scores_of(*each) for each in zip(alone.unbind(1), calibration))
+    gap_scores, slider_scores = (scores_of(*each) for each in zip((gap_logits, slider_logits), calibration))
     return dict(gap_coords=points[0], slider_coords=points[1],
-                gap_score=gap_scores.gather(1, gap[:, None])[:, 0], slider_score=slider_scores.gather(1, slider[:, None])[:, 0],
+                gap_score=gap_score, slider_score=slider_score,
                 gap_candidates=gaps, gap_candidate_scores=gap_scores,
                 slider_candidates=sliders, slider_candidate_scores=slider_scores)
 
@@ -773,8 +779,8 @@ def read_weights(
     except (KeyError, ValueError): return {}   # the caller says what is missing
 
 # %% ../nbs/04_model.ipynb #6b4267da
-SHIPPED = {'pretrained': 'cd6cbf987d2e3b5450bfc9f657d91708fa06bc8b1455a0a8faa3a42000eb8cc4',       # SHA-256
-           'pretrained-fast': 'b3df9c74e0e11bbebc4918a0006c18e444c0f41e4d3945d83719c1137549366d'}
+SHIPPED = {'pretrained': 'a12e6bc0ca97ef2c6b80395b44cbdb1300898c44292f7d2a39d9d624588bd29a',       # SHA-256
+           'pretrained-fast': '2349a370c52ba7c0f4871536ea842fb643756b7cd8ba1db86504c2346179296a'}
 
 def shipped_weights(
     name: str,   # a key of `SHIPPED`

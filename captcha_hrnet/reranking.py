@@ -79,6 +79,12 @@ class PairNet(nn.Module):
         self.layers, self.out, self.outline = nn.Sequential(*layers), nn.Linear(2*widths[-1], 1), OutlineHead(widths[1:])
         self.register_buffer('shares', torch.tensor([1., 0.]))   # of the detector's logit and of this network's, which has no say before it is trained
         self.register_buffer('doubt', torch.tensor(SURE))        # how far off the detector's middle is taken to be, log px
+        self.register_buffer('worth', torch.zeros(2))            # of the answer's likeness, to the logits of gap and slider piece
+        self.register_buffer('usual', torch.tensor(0.))          # likeness of an answer, which changes neither
+
+    def _load_from_state_dict(self, state, prefix, *rest):   # files that were written before scores knew of it
+        for name in ('worth', 'usual'): state.setdefault(prefix + name, getattr(self, name).clone())
+        super()._load_from_state_dict(state, prefix, *rest)
 
     def maps(self,
         views: Tensor,     # [N, 8, 129, 129] of `pair_views`
@@ -98,7 +104,7 @@ class PairNet(nn.Module):
     def forward(self, views: Tensor) -> Tensor: return self.likeness(self.layers(views))
 
 # %% ../nbs/03_reranking.ipynb #8a0acb82
-PAIRS = 6    # of a picture, at most
+PAIRS = 16   # of a picture, at most
 BEHIND = 3.  # how far behind the detector's best pair one may be, and still be looked at (logits)
 
 def best_of_pairs(
@@ -108,15 +114,18 @@ def best_of_pairs(
     slider: Tensor,  # [B, P, 2]
     logits: Tensor,  # [B, P] what the detector gives each pair, falling; -inf is none
 ) -> Tensor:         # int64 [B]: which pair
-    "The likeliest pair for detector and second look together; a picture with one pair in question is not looked at."
-    asked = logits >= logits[:, :1] - BEHIND
-    asked = asked & (asked.sum(1, keepdim=True) > 1)
-    best = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
-    if not asked.any(): return best
-    looks = torch.full_like(logits, -torch.inf)
-    views = pair_views(image[asked.nonzero()[:, 0]], gap[asked][:, None], slider[asked][:, None])
-    looks[asked] = net.shares[1]*net(views).float()
-    return torch.where(asked.any(1), (net.shares[0]*logits + looks).argmax(1), best)
+    "The likeliest pair for detector and second look together; a picture with one pair in question is not looked at, and what is in question afterwards is looked at upside down, too."
+    def in_question(logits):
+        near = logits.isfinite() & (logits >= logits.amax(1, keepdim=True) - BEHIND)
+        return near & (near.sum(1, keepdim=True) > 1)
+    def look(pairs, flips): return net(pair_views(image[pairs.nonzero()[:, 0]], gap[pairs][:, None], slider[pairs][:, None]).flip(flips)).float()
+    def together(): return (net.shares[0]*logits + net.shares[1]*looks).masked_fill(~asked, -torch.inf)
+    asked, looks = in_question(logits), torch.zeros_like(logits)
+    if not asked.any(): return torch.zeros_like(logits[:, 0], dtype=torch.long)
+    looks[asked] = look(asked, [])
+    again = in_question(together())
+    if again.any(): looks[again] = (looks[again] + look(again, [2]))/2
+    return together().argmax(1)   # 0 where none was asked
 
 # %% ../nbs/03_reranking.ipynb #dbe6aa9d
 def off_middle(
@@ -142,8 +151,9 @@ def recentred(
     image: Tensor,   # float [B, 3 or 4, H, W] in [0, 1], as the detector got it
     gap: Tensor,     # [B, 2] x, y, px of the input
     slider: Tensor,  # [B, 2]
-) -> tuple[Tensor, Tensor]:  # gap and slider [B, 2]: both moved by the same
+) -> tuple[Tensor, Tensor, Tensor]:  # gap and slider [B, 2]: both moved by the same; [B] their likeness, as of `PairNet.likeness`
     "The middle of what both places show, between the detector's and this network's: each weighs as much as its squared error is small."
-    sides, doubt = outline_of(net, image, gap, slider)
+    maps = net.maps(pair_views(image, gap[:, None], slider[:, None]))
+    sides, doubt = net.outline(maps)
     shift = (2*(net.doubt - doubt)).sigmoid()*(sides.mean(2) - off_middle(image, gap, slider))
-    return gap + shift, slider + shift
+    return gap + shift, slider + shift, net.likeness(maps[-1]).float()
