@@ -706,18 +706,19 @@ def decode_outputs(
     slider_logits, sliders = decode_points(outputs['slider_heatmap'], offsets[:, 2:4], valid, codec, decode, top_k)
     gap, slider = best_pair(gap_logits.sigmoid(), gaps, slider_logits.sigmoid(), sliders, APART_PX, ROW_SIGMA_PX if same_row else torch.inf)
     points = [picked(each, best[:, None])[:, 0] for each, best in ((gaps, gap), (sliders, slider))]
-    alone = torch.cat([each.gather(1, best[:, None]) for each, best in ((gap_logits, gap), (slider_logits, slider))], 1)   # [B, 2] logits of both
-    if reranking is not None and 'image' in outputs:
-        *pairs, logits, each_alone = candidate_pairs(outputs, codec, decode, top_k, same_row)
+    looks = reranking is not None and 'image' in outputs
+    if looks:
+        *pairs, logits, alone = candidate_pairs(outputs, codec, decode, top_k, same_row)
         best = best_of_pairs(reranking, outputs['image'], *pairs, logits)
-        *points, alone = (picked(each, best[:, None])[:, 0] for each in (*pairs, each_alone))
+        *points, alone = (picked(each, best[:, None])[:, 0] for each in (*pairs, alone))
     if registration and 'image' in outputs: points = registered(outputs['image'], *points)
-    if reranking is not None and 'image' in outputs:
+    if looks:
         *points, likeness = recentred(reranking, outputs['image'], *points)
-        more = reranking.worth*(likeness - reranking.usual)[:, None]   # of the answer's pair; candidates are judged as if they had its likeness
-        alone, gap_logits, slider_logits = alone + more, gap_logits + more[:, :1], slider_logits + more[:, 1:]
-    gap_score, slider_score = (scores_of(*each) for each in zip(alone.unbind(1), calibration))
+        more = reranking.worth[:, None]*(likeness - reranking.usual)   # [2, B] of the answer's pair; candidates are judged as if they had its likeness
+        gap_logits, slider_logits = gap_logits + more[0][:, None], slider_logits + more[1][:, None]
     gap_scores, slider_scores = (scores_of(*each) for each in zip((gap_logits, slider_logits), calibration))
+    if looks: gap_score, slider_score = (scores_of(*each) for each in zip(alone.T + more, calibration))
+    else: gap_score, slider_score = (scores.gather(1, best[:, None])[:, 0] for scores, best in ((gap_scores, gap), (slider_scores, slider)))
     return dict(gap_coords=points[0], slider_coords=points[1],
                 gap_score=gap_score, slider_score=slider_score,
                 gap_candidates=gaps, gap_candidate_scores=gap_scores,
