@@ -142,9 +142,10 @@ def outline_of(
     image: Tensor,   # float [B, 3 or 4, H, W] in [0, 1]
     gap: Tensor,     # [B, 2] x, y, px of the input
     slider: Tensor,  # [B, 2]
-) -> tuple[Tensor, Tensor]:  # sides and doubt, as of `OutlineHead`
-    "What a pair looks like it is the outline of."
-    return net.outline(net.maps(pair_views(image, gap[:, None], slider[:, None])))
+) -> tuple[Tensor, Tensor, Tensor]:  # sides and doubt, as of `OutlineHead`; [B] likeness
+    "What a pair looks like it is the outline of, and how much it looks like a pair."
+    maps = net.maps(pair_views(image, gap[:, None], slider[:, None]))
+    return *net.outline(maps), net.likeness(maps[-1]).float()
 
 def recentred(
     net: PairNet,
@@ -153,7 +154,6 @@ def recentred(
     slider: Tensor,  # [B, 2]
 ) -> tuple[Tensor, Tensor, Tensor]:  # gap and slider [B, 2]: both moved by the same; [B] their likeness, as of `PairNet.likeness`
     "The middle of what both places show, between the detector's and this network's: each weighs as much as its squared error is small."
-    maps = net.maps(pair_views(image, gap[:, None], slider[:, None]))
-    sides, doubt = net.outline(maps)
+    sides, doubt, likeness = outline_of(net, image, gap, slider)
     shift = (2*(net.doubt - doubt)).sigmoid()*(sides.mean(2) - off_middle(image, gap, slider))
-    return gap + shift, slider + shift, net.likeness(maps[-1]).float()
+    return gap + shift, slider + shift, likeness

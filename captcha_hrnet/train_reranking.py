@@ -25,7 +25,7 @@ from .data import DataPipeline
 from .engine import make_ema, seed_everything, to_device
 from .graphs import check_step
 from .model import UNCALIBRATED, CaptchaKeypointNet, candidate_pairs, load_model, picked, save_weights
-from .reranking import BEHIND, SURE, PairNet, off_middle, pair_views
+from .reranking import BEHIND, SURE, PairNet, off_middle, outline_of, pair_views
 
 log = logging.getLogger('captcha_hrnet')
 
@@ -212,10 +212,9 @@ def answers_again(
         batch = to_device(batch, model.calibration.device)
         image, answers = batch['image'], model.decode_predictions(model(batch['image']), calibration=UNCALIBRATED.to(batch['image'].device))
         points, truth = ([each[f'{name}_coords'].float() for name in ('gap', 'slider')] for each in (answers, batch))
-        maps = net.maps(pair_views(image.float()/255, *[each[:, None] for each in points]))
-        sides, doubt = net.outline(maps)
+        sides, doubt, likeness = outline_of(net, image.float()/255, *points)
         found.append(dict(
-            logits=torch.stack([answers[f'{name}_score'].logit(eps=1e-7) for name in ('gap', 'slider')], 1), likeness=net.likeness(maps[-1]),
+            logits=torch.stack([answers[f'{name}_score'].logit(eps=1e-7) for name in ('gap', 'slider')], 1), likeness=likeness,
             right=torch.stack([(a - b).abs().amax(1) < SAME_PX for a, b in zip(points, truth)], 1),
             detector=off_middle(image, *points), truth=off_middle(image, *truth, of=points), outline=sides.mean(2), doubt=doubt))
     return {name: torch.cat([each[name] for each in found]).double().cpu() for name in found[0]}
@@ -240,8 +239,9 @@ def fit_worth(
     seen: dict,     # of `answers_again`
 ) -> dict:          # of gap and slider piece: how many are right, and the mean log loss of their scores without and with the likeness
     "What the likeness of an answer says of its points being right, beside their own logits: logistic regression. Nothing, where too few are right or wrong."
-    net.usual.copy_(seen['likeness'].median())
-    likeness, found = seen['likeness'] - seen['likeness'].median(), {}
+    usual, found = seen['likeness'].median(), {}
+    net.usual.copy_(usual)
+    likeness = seen['likeness'] - usual
     for row, name in enumerate(('gap', 'slider')):
         logits, right = seen['logits'][:, row], seen['right'][:, row]
         if min(right.sum(), (1 - right).sum()) < LEAST: continue
