@@ -31,7 +31,7 @@ from torch.utils.flop_counter import flop_registry
 from .config import Section, UserError, check_tree, write_atomically
 from .geometry import HeatmapCodec, nearest_cells
 from .registration import registered
-from .reranking import PAIRS, PairNet, best_of_pairs, recentred
+from .reranking import PAIRS, UNLIKELY, PairNet, judged_pairs, laid_further, recentred
 from .twin import RepHRNet
 
 # %% ../nbs/04_model.ipynb #0a6b3a89
@@ -709,15 +709,21 @@ def decode_outputs(
     looks = reranking is not None and 'image' in outputs
     if looks:
         *pairs, logits, alone = candidate_pairs(outputs, codec, decode, top_k, same_row)
-        best = best_of_pairs(reranking, outputs['image'], *pairs, logits)
-        *points, alone = (picked(each, best[:, None])[:, 0] for each in (*pairs, alone))
+        judged = judged_pairs(reranking, outputs['image'], *pairs, logits)
+        best = judged.argmax(1)
+        points = [picked(each, best[:, None])[:, 0] for each in pairs]
     if registration and 'image' in outputs: points = registered(outputs['image'], *points)
     if looks:
         *points, likeness = recentred(reranking, outputs['image'], *points)
+        unlikely = likeness < reranking.usual - UNLIKELY
+        if registration and unlikely.any():
+            image = outputs['image'][unlikely]
+            *again, best[unlikely] = laid_further(reranking, image, *(each[unlikely] for each in (*pairs, logits, judged)))
+            for each, found in zip((*points, likeness), recentred(reranking, image, *again)): each[unlikely] = found
         more = reranking.worth[:, None]*(likeness - reranking.usual)   # [2, B] of the answer's pair; candidates are judged as if they had its likeness
         gap_logits, slider_logits = gap_logits + more[0][:, None], slider_logits + more[1][:, None]
     gap_scores, slider_scores = (scores_of(*each) for each in zip((gap_logits, slider_logits), calibration))
-    if looks: gap_score, slider_score = (scores_of(*each) for each in zip(alone.T + more, calibration))
+    if looks: gap_score, slider_score = (scores_of(*each) for each in zip(picked(alone, best[:, None])[:, 0].T + more, calibration))
     else: gap_score, slider_score = (scores.gather(1, best[:, None])[:, 0] for scores, best in ((gap_scores, gap), (slider_scores, slider)))
     return dict(gap_coords=points[0], slider_coords=points[1],
                 gap_score=gap_score, slider_score=slider_score,

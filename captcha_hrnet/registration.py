@@ -76,17 +76,19 @@ def refined_peak(
 
 def registered(
     image: Tensor,   # float [B, 3 or 4, H, W] in [0, 1], as the network gets it
-    gap: Tensor,     # float [B, 2] x, y, px of the input
-    slider: Tensor,  # float [B, 2]
-) -> tuple[Tensor, Tensor]:   # gap and slider [B, 2]: what they were, each moved by half of what their distance was wrong by
+    gap: Tensor,     # float [B·P, 2] x, y, px of the input: P of each picture
+    slider: Tensor,  # float [B·P, 2]
+    reach: int = REACH,      # displacements that are tried, px of the input each way
+    doubt: float = DOUBT,    # λ
+) -> tuple[Tensor, Tensor]:   # gap and slider [B·P, 2]: what they were, each moved by half of what their distance was wrong by
     "Make the distance of gap and slider piece what laying one over the other says, where that says anything."
     cells = [nearest_cells(points.floor().long(), image.shape[2:]) for points in (gap, slider)]
-    around, piece = (edge_maps(windows(image, cell, RADIUS + reach + 3).float()) for cell, reach in zip(cells, (REACH, 0)))
+    around, piece = (edge_maps(windows(image, cell, RADIUS + more + 3).float()) for cell, more in zip(cells, (reach, 0)))
     agreement = correlation(piece, around)
     network = gap - slider - (cells[0] - cells[1])
-    steps = torch.arange(-REACH, REACH + 1, device=image.device)
-    doubt = DOUBT*((steps - network[:, :1, None])**2 + (steps[:, None] - network[:, 1:, None])**2)
-    apart, at = refined_peak(agreement - doubt)
+    steps = torch.arange(-reach, reach + 1, device=image.device)
+    cost = doubt*((steps - network[:, :1, None])**2 + (steps[:, None] - network[:, 1:, None])**2)
+    apart, at = refined_peak(agreement - cost)
     inside = torch.cat([gap - cells[0], slider - cells[1]], 1).abs().amax(1, keepdim=True) <= 1
     believed = inside & (agreement.flatten(1).gather(1, at[:, None]) >= LEAST)
     half = torch.where(believed, apart - network, 0.)/2

@@ -11,8 +11,10 @@ from captcha_hrnet import train_reranking
 from captcha_hrnet.config import UserError, load_config
 from captcha_hrnet.geometry import HeatmapCodec
 from captcha_hrnet.model import APART_PX, CaptchaKeypointNet, candidate_pairs, create_lite_hrnet_18_fpn, decode_outputs, load_model, save_weights
-from captcha_hrnet.reranking import BEHIND, RADIUS, SURE, PairNet, best_of_pairs, middle_pixels, off_middle, pair_views, recentred
-from captcha_hrnet.train_reranking import LEAST, SAME_PX, answers_again, compared_pairs, fit_doubt, fit_shares, fit_worth, second_looks, turned
+from captcha_hrnet.registration import REACH, edge_maps, registered
+from captcha_hrnet.reranking import BEHIND, RADIUS, SURE, PairNet, judged_pairs, laid_further, middle_pixels, off_middle, pair_views, recentred
+from captcha_hrnet.train_reranking import BESIDE, BESIDE_PX, LEAST, SAME_PX, answers_again, compared_pairs, fit_doubt, fit_shares, fit_worth, second_looks, turned
+from test_registration import captcha
 
 torch.set_num_threads(1)
 CODEC, seeds = HeatmapCodec(stride=4), st.integers(0, 10**6)
@@ -96,10 +98,11 @@ def test_only_pairs_in_question_are_looked_at_and_each_picture_alone(seed, stren
     outputs, rows = maps(seed, 3), torch.linspace(-1, 1, 129)[:, None]
     net = Says(lambda views: strength*(views*rows).mean((1, 2, 3)) + 9*views.mean((1, 2, 3)))
     gaps, sliders, logits, _ = candidate_pairs(outputs, CODEC)
-    best = best_of_pairs(net, outputs['image'], gaps, sliders, logits)
+    best = judged_pairs(net, outputs['image'], gaps, sliders, logits).argmax(1)
     shown, shown_all = 0, net.shown
     for i in range(3):
-        views = pair_views(outputs['image'][i:i + 1], gaps[i:i + 1], sliders[i:i + 1])
+        laid = registered(outputs['image'][i:i + 1], gaps[i], sliders[i])
+        views = pair_views(outputs['image'][i:i + 1], *(points[None] for points in laid))
         asked = [k for k, logit in enumerate(logits[i].tolist()) if logit >= logits[i, 0] - BEHIND]
         if len(asked) < 2:
             assert best[i] == 0
@@ -110,8 +113,30 @@ def test_only_pairs_in_question_are_looked_at_and_each_picture_alone(seed, stren
         if len(again) > 1: both |= {k: (logits[i, k] + (upright[k] + turned_over[k])/2).item() for k in again}
         shown += len(asked) + len(again)*(len(again) > 1)
         assert both[int(best[i])] >= max(both.values()) - 1e-4
-        assert best_of_pairs(net, outputs['image'][i:i + 1], gaps[i:i + 1], sliders[i:i + 1], logits[i:i + 1]) == best[i]
+        assert judged_pairs(net, outputs['image'][i:i + 1], gaps[i:i + 1], sliders[i:i + 1], logits[i:i + 1]).argmax() == best[i]
     assert shown_all == shown
+
+
+def one_outline(views):
+    "How well the edges of both views agree around their middle."
+    slider, gap = (edge_maps(each[:, :, 32:-32, 32:-32]) for each in views.split(4, 1))
+    return -400*(slider - gap).abs().mean((1, 2, 3))
+
+
+@settings(max_examples=30, deadline=None)
+@given(seeds, st.tuples(st.floats(140, 200), st.floats(44, 84), st.floats(40, 80), st.floats(44, 84)), st.floats(0, 2*np.pi), st.floats(9, 15), st.floats(0, 1))
+def test_a_pair_that_lies_badly_is_laid_over_from_further_away(seed, place, angle, far, share):
+    "Too far off for registration, both points are put right by what shows one outline; a pair that is out of the question is not tried, and one that lies well stays."
+    gap, slider = torch.tensor(place).view(2, 1, 2)
+    image, off = captcha(seed, place[:2], place[2:]), far*torch.tensor([[np.cos(angle), np.sin(angle)]], dtype=torch.float)
+    pairs = [torch.stack([points, points + 30.], 1) for points in (gap + share*off, slider - (1 - share)*off)]   # and a pair that lies well, but is none
+    net, logits, judged = Says(one_outline), torch.tensor([[2., 9.]]), torch.tensor([[3., -torch.inf]])
+    *found, which = laid_further(net, image, *pairs, logits, judged)
+    assert which == 0 and net.shown == 2*2*2
+    assert (found[0] - found[1] - gap + slider).norm() < 1.5 < 6 < off.norm()
+    torch.testing.assert_close(found[0] + found[1], (pairs[0] + pairs[1])[:, 0], atol=1e-3, rtol=0)
+    stays = laid_further(net, image, gap[None], slider[None], logits[:, :1], judged[:, :1])
+    assert (stays[0] - stays[1] - gap + slider).norm() < .5
 
 
 @settings(max_examples=30, deadline=None)
@@ -202,23 +227,28 @@ class Blind(torch.nn.Module):
 @settings(max_examples=20, deadline=None)
 @given(seeds)
 def test_compared_pairs(seed):
-    "First the truth, then the truth exchanged, then others, each of them wrong; both places of a pair a little away, by the same."
+    "First the truth, then the truth exchanged, then the truth laid over wrongly, then others, each of them wrong; both places of a pair a little away, by the same."
     batch, found = drawn(3, seed), {}
     for away in (0., 5.):
         torch.manual_seed(seed)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(train_reranking, 'AWAY', away)
-            found[away] = compared_pairs(Blind(), batch, 6)
+            found[away] = compared_pairs(Blind(), batch, 8)
     gaps, sliders, known = found[0.]
     moved = [found[5.][k] - found[0.][k] for k in (0, 1)]
     torch.testing.assert_close(*moved, atol=1e-4, rtol=0)
     assert moved[0].abs().max() > 1 and torch.equal(known, found[5.][2])
     gap, slider = batch['gap_coords'][:, None], batch['slider_coords'][:, None]
     near = lambda a, b: (a - b).abs().amax(-1) < SAME_PX
-    assert known[:, :2].all() and (near(gaps[:, :1], gap) & near(sliders[:, :1], slider)).all()
+    assert known[:, :2 + BESIDE].all() and (near(gaps[:, :1], gap) & near(sliders[:, :1], slider)).all()
     assert torch.equal(gaps[:, 1], sliders[:, 0]) and torch.equal(sliders[:, 1], gaps[:, 0])
-    wrong = ~(near(gaps, gap) & near(sliders, slider) | near(gaps, slider) & near(sliders, gap))
-    assert wrong[:, 2:][known[:, 2:]].all()
+    beside = (gaps - sliders - (gap - slider)).norm(dim=2)[:, 2:2 + BESIDE]   # the truth has an error there, of .7 px in x and in y
+    assert (beside > BESIDE_PX[0] - 3).all() and (beside < BESIDE_PX[1] + REACH*2**.5 + 4).all()
+    assert beside.median() > BESIDE_PX[0]
+    apart, beside = (gaps - sliders - (gap - slider)).norm(dim=2), slice(2, 2 + BESIDE)   # the truth has an error there, of .7 px in x and in y
+    assert (apart[:, beside] > BESIDE_PX[0] - 3).all() and (apart[:, beside] < BESIDE_PX[1] + 2**.5*REACH + 4).all()
+    wrong = (apart >= BESIDE_PX[0]) | ((gaps - gap).norm(dim=2) >= BESIDE_PX[1])
+    assert wrong[:, 2 + BESIDE:][known[:, 2 + BESIDE:]].all()
 
 
 @settings(max_examples=40, deadline=None)
@@ -269,7 +299,7 @@ def test_it_learns_what_the_detector_cannot_tell():
     "The gap is the dark one. Before training half the answers are right, after it nearly all; and the squares' middles are seen where the detector sees cells."
     model = Blind()
     torch.manual_seed(0)
-    second_looks(model, Batches(drawn(8, seed) for seed in range(12)), epochs=12, lr=5e-3, weight_decay=.01, pairs=3, looks=1)
+    second_looks(model, Batches(drawn(8, seed) for seed in range(12)), epochs=12, lr=5e-3, weight_decay=.01, pairs=5, looks=1)
     held_out = Batches(drawn(16, 100 + seed) for seed in range(6))
     found = fit_shares(model, held_out)
     assert found['captchas'] == 96 and found['candidates'] > 90
@@ -346,7 +376,7 @@ def test_a_training_that_is_stopped_keeps_what_it_learnt(caplog):
             raise KeyboardInterrupt
     model = Blind()
     before = model.pair_net.out.weight.clone()
-    second_looks(model, Stopped([drawn(4)]*3), epochs=1, lr=1e-3, weight_decay=0, pairs=3, looks=1)
+    second_looks(model, Stopped([drawn(4)]*3), epochs=1, lr=1e-3, weight_decay=0, pairs=5, looks=1)
     assert 'after step 1 of 3' in caplog.text and not torch.equal(model.pair_net.out.weight, before) and not model.pair_net.training
 
 
