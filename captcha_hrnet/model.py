@@ -786,8 +786,8 @@ def read_weights(
     except (KeyError, ValueError): return {}   # the caller says what is missing
 
 # %% ../nbs/04_model.ipynb #6b4267da
-SHIPPED = {'pretrained': 'a12e6bc0ca97ef2c6b80395b44cbdb1300898c44292f7d2a39d9d624588bd29a',       # SHA-256
-           'pretrained-fast': '2349a370c52ba7c0f4871536ea842fb643756b7cd8ba1db86504c2346179296a'}
+SHIPPED = {'pretrained': '6408371646b1913e55bb4475399e97c11d9ec2aa2cc59d3bd2f7e3f58d9b7336',       # SHA-256
+           'pretrained-fast': 'a5e7f233aa0526280533501a11f39f3432980e4302090e291d67ebf4cc5563b5'}
 
 def shipped_weights(
     name: str,   # a key of `SHIPPED`
