@@ -25,8 +25,8 @@ from .data import DataPipeline
 from .engine import make_ema, seed_everything, to_device
 from .graphs import check_step
 from .model import UNCALIBRATED, CaptchaKeypointNet, candidate_pairs, full_precision, load_model, picked, save_weights
-from .reranking import BEHIND, SURE, PairNet, off_middle, outline_of, pair_views, views_of_pairs
 from .registration import registered
+from .reranking import BEHIND, SURE, PairNet, off_middle, outline_of, pair_views, views_of_pairs
 
 log = logging.getLogger('captcha_hrnet')
 

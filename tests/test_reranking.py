@@ -242,11 +242,8 @@ def test_compared_pairs(seed):
     near = lambda a, b: (a - b).abs().amax(-1) < SAME_PX
     assert known[:, :2 + BESIDE].all() and (near(gaps[:, :1], gap) & near(sliders[:, :1], slider)).all()
     assert torch.equal(gaps[:, 1], sliders[:, 0]) and torch.equal(sliders[:, 1], gaps[:, 0])
-    beside = (gaps - sliders - (gap - slider)).norm(dim=2)[:, 2:2 + BESIDE]   # the truth has an error there, of .7 px in x and in y
-    assert (beside > BESIDE_PX[0] - 3).all() and (beside < BESIDE_PX[1] + REACH*2**.5 + 4).all()
-    assert beside.median() > BESIDE_PX[0]
-    apart, beside = (gaps - sliders - (gap - slider)).norm(dim=2), slice(2, 2 + BESIDE)   # the truth has an error there, of .7 px in x and in y
-    assert (apart[:, beside] > BESIDE_PX[0] - 3).all() and (apart[:, beside] < BESIDE_PX[1] + 2**.5*REACH + 4).all()
+    apart = (gaps - sliders - (gap - slider)).norm(dim=2)   # the truth has an error there, of .7 px in x and in y
+    assert apart[:, 0].max() < 4 and apart[:, 2:2 + BESIDE].mean() > BESIDE_PX[0] and apart[:, 2:2 + BESIDE].max() < BESIDE_PX[1] + 2**.5*REACH + 4
     wrong = (apart >= BESIDE_PX[0]) | ((gaps - gap).norm(dim=2) >= BESIDE_PX[1])
     assert wrong[:, 2 + BESIDE:][known[:, 2 + BESIDE:]].all()
 
