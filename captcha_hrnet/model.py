@@ -704,14 +704,15 @@ def decode_outputs(
     valid, offsets = outputs['valid'], outputs['offsets']
     gap_logits, gaps = decode_points(outputs['gap_heatmap'], offsets[:, 0:2], valid, codec, decode, top_k)
     slider_logits, sliders = decode_points(outputs['slider_heatmap'], offsets[:, 2:4], valid, codec, decode, top_k)
-    gap, slider = best_pair(gap_logits.sigmoid(), gaps, slider_logits.sigmoid(), sliders, APART_PX, ROW_SIGMA_PX if same_row else torch.inf)
-    points = [picked(each, best[:, None])[:, 0] for each, best in ((gaps, gap), (sliders, slider))]
     looks = reranking is not None and 'image' in outputs
     if looks:
         *pairs, logits, alone = candidate_pairs(outputs, codec, decode, top_k, same_row)
         judged = judged_pairs(reranking, outputs['image'], *pairs, logits)
         best = judged.argmax(1)
         points = [picked(each, best[:, None])[:, 0] for each in pairs]
+    else:
+        gap, slider = best_pair(gap_logits.sigmoid(), gaps, slider_logits.sigmoid(), sliders, APART_PX, ROW_SIGMA_PX if same_row else torch.inf)
+        points = [picked(each, best[:, None])[:, 0] for each, best in ((gaps, gap), (sliders, slider))]
     if registration and 'image' in outputs: points = registered(outputs['image'], *points)
     if looks:
         *points, likeness = recentred(reranking, outputs['image'], *points)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'SAME_PX', 'BESIDE', 'BESIDE_PX', 'AWAY', 'CENTRE_WEIGHT', 'SIDES_WEIGHT', 'LEAST', 'likely_pairs',
-           'by_kernels', 'compared_pairs', 'turned', 'look_losses', 'second_looks', 'fit_shares', 'minimised',
+           'by_kernels', 'beside', 'compared_pairs', 'turned', 'look_losses', 'second_looks', 'fit_shares', 'minimised',
            'answers_again', 'fit_doubt', 'fit_worth', 'main']
 
 # %% ../nbs/09_train_reranking.ipynb #67a5b64e
@@ -68,6 +68,14 @@ BESIDE = 2           # pairs that are the true one, laid over wrongly
 BESIDE_PX = 3., 24.  # px of the input: by how much
 AWAY = 5.            # px of the input: standard deviation of how far away pairs are moved, those that are moved most
 
+def beside(
+    truth: Tensor,   # [B, 2, 2] gap and slider piece, x, y, px of the input
+) -> list[Tensor]:   # gaps, sliders [B, `BESIDE`, 2]
+    "The true pair, its places moved apart by `BESIDE_PX` any way."
+    angle, far, share = torch.rand(3, len(truth), BESIDE, 1, device=truth.device)
+    apart = torch.cat([(2*torch.pi*angle).cos(), (2*torch.pi*angle).sin()], 2)*BESIDE_PX[0]*(BESIDE_PX[1]/BESIDE_PX[0])**far
+    return [truth[:, :1] + share*apart, truth[:, 1:] - (1 - share)*apart]
+
 def compared_pairs(
     model: CaptchaKeypointNet,   # the detector, in eval mode
     batch: dict,                 # of a training loader, on the device; each picture holds both
@@ -83,11 +91,7 @@ def compared_pairs(
     best, index = (logits/4 + gumbel).masked_fill(here, -torch.inf).topk(count - 2 - BESIDE)
     truth = torch.cat([gap, slider], 1)
     truth = truth + .5*torch.randn_like(truth)   # a detector's error
-    beside = [points.expand(-1, BESIDE, -1) for points in truth.split(1, 1)]
-    angle, far, share = torch.rand(3, len(truth), BESIDE, 1, device=truth.device)
-    apart = torch.cat([(2*torch.pi*angle).cos(), (2*torch.pi*angle).sin()], 2)*BESIDE_PX[0]*(BESIDE_PX[1]/BESIDE_PX[0])**far
-    beside = [beside[0] + share*apart, beside[1] - (1 - share)*apart]
-    wrong = [torch.cat([points, picked(others, index)], 1) for points, others in zip(beside, (gaps, sliders))]
+    wrong = [torch.cat([points, picked(others, index)], 1) for points, others in zip(beside(truth), (gaps, sliders))]
     with full_precision(truth.device.type): laid = [points.view_as(wrong[0]) for points in registered(batch['image'].float()/255, *(points.flatten(0, 1) for points in wrong))]
     right = ((laid[0] - laid[1] - (gap - slider)).norm(dim=2) < BESIDE_PX[0]) & ((laid[0] - gap).norm(dim=2) < BESIDE_PX[1])   # found their way back
     back = right[:, :, None] & (torch.arange(count - 2, device=right.device) < BESIDE)[:, None]
