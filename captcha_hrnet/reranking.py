@@ -99,7 +99,7 @@ class PairNet(nn.Module):
 
     def likeness(self,
         found: Tensor,  # [N, C, h, w] the coarsest map
-    ) -> Tensor:        # [N] logit; only differences between pairs of one picture mean something
+    ) -> Tensor:        # [N] logit: against that it is no pair
         return self.out(torch.cat([found.mean((2, 3)), found.amax((2, 3))], 1))[:, 0]
 
     def forward(self, views: Tensor) -> Tensor: return self.likeness(self.layers(views))

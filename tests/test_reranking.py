@@ -13,7 +13,7 @@ from captcha_hrnet.geometry import HeatmapCodec
 from captcha_hrnet.model import APART_PX, CaptchaKeypointNet, candidate_pairs, create_lite_hrnet_18_fpn, decode_outputs, load_model, save_weights
 from captcha_hrnet.registration import REACH, edge_maps, registered
 from captcha_hrnet.reranking import BEHIND, RADIUS, SURE, PairNet, judged_pairs, laid_further, middle_pixels, off_middle, pair_views, recentred
-from captcha_hrnet.train_reranking import BESIDE, BESIDE_PX, LEAST, SAME_PX, answers_again, compared_pairs, fit_doubt, fit_shares, fit_worth, second_looks, turned
+from captcha_hrnet.train_reranking import BESIDE, BESIDE_PX, CENTRE_WEIGHT, LEAST, SAME_PX, SIDES_WEIGHT, answers_again, compared_pairs, fit_doubt, fit_shares, fit_worth, look_losses, second_looks, turned
 from test_registration import captcha
 
 torch.set_num_threads(1)
@@ -227,13 +227,17 @@ class Blind(torch.nn.Module):
 @settings(max_examples=20, deadline=None)
 @given(seeds)
 def test_compared_pairs(seed):
-    "First the truth, then the truth exchanged, then the truth laid over wrongly, then others, each of them wrong; both places of a pair a little away, by the same."
-    batch, found = drawn(3, seed), {}
-    for away in (0., 5.):
+    "First the truth, then the truth exchanged, then the truth laid over wrongly, then others, each of them wrong; both places of a pair a little away, by the same. Where something is lacking there are only others."
+    batch, found = drawn(5, seed), {}
+    for name, lacking in (('gap', 3), ('slider', 4)): batch[f'{name}_coords'][lacking] = torch.nan
+    for away, hidden in ((0., 0.), (5., 0.), (5., 1.)):
         torch.manual_seed(seed)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(train_reranking, 'AWAY', away)
-            found[away] = compared_pairs(Blind(), batch, 8)
+            patch.setattr(train_reranking, 'AWAY', away); patch.setattr(train_reranking, 'HIDDEN', hidden)
+            found[away + hidden] = compared_pairs(Blind(), batch, 8)
+    assert not found[6.][2][:, 0].any() and torch.equal(found[6.][2][:, 1:], found[5.][2][:, 1:]) and torch.equal(found[6.][0], found[5.][0])
+    assert all(points.isfinite().all() for points in found[0.]) and not found[0.][2][3:, :2 + BESIDE].any() and found[0.][2][3:].any()
+    found, batch = {away: [points[:3] for points in each] for away, each in found.items()}, {name: values[:3] for name, values in batch.items()}
     gaps, sliders, known = found[0.]
     moved = [found[5.][k] - found[0.][k] for k in (0, 1)]
     torch.testing.assert_close(*moved, atol=1e-4, rtol=0)
@@ -264,6 +268,33 @@ def test_turned_views_keep_what_is_said_of_them(seed):
     for axis, found in enumerate((columns, rows)):
         low, high = found.min().item() - 16.5, found.max().item() - 15.5
         assert abs((low + high)/2 - centre[0, axis]) < 1e-4 and high - low == size[0, axis]
+
+
+@settings(max_examples=40, deadline=None)
+@given(seeds, st.integers(1, 5), st.integers(2, 6))
+def test_look_losses_against_a_slow_twin(seed, pictures, pairs):
+    "Picture by picture: the surprise that it is this pair, or none; where something is lacking nothing is asked of the outline."
+    torch.manual_seed(seed)
+    net, views = PairNet().eval(), torch.rand(pictures*pairs, 8, 65, 65)
+    known, centre, size = torch.rand(pictures, pairs) < .7, 9*torch.randn(pictures, 2), 40*torch.rand(pictures, 2)*(torch.rand(pictures, 2) < .8)
+    lacking = torch.rand(pictures) < .3
+    centre[lacking] = torch.nan; known[lacking, 0] = False
+    with torch.no_grad():
+        maps = net.maps(views)
+        likeness, (seen, doubt) = net.likeness(maps[-1]).view(pictures, pairs), net.outline([each[::pairs] for each in maps])
+        surprise, right, errors, blames, sides = [], [], [], [], []
+        for i in range(pictures):
+            likely = [0.] + likeness[i][known[i]].tolist()   # the first: none
+            surprise.append(np.log(np.exp(likely).sum()) - likely[int(known[i, 0])])
+            right.append(int(np.argmax(likely)) == int(known[i, 0]))
+            for axis in range(2) if not lacking[i] else ():
+                errors.append(abs(float(seen[i, axis].mean() - centre[i, axis])))
+                blames.append(errors[-1]*np.exp(-float(doubt[i, axis])) + float(doubt[i, axis]))
+                if size[i, axis] > 0: sides.append(np.mean([abs(float(seen[i, axis, k] - centre[i, axis] + (.5 - k)*size[i, axis])) for k in (0, 1)]))
+        def mean(values): return sum(values)/max(len(values), 1)
+        found = look_losses(net, views, known, centre, size)
+    expected = mean(surprise) + CENTRE_WEIGHT*mean(blames) + SIDES_WEIGHT*mean(sides), mean(right), mean(errors)
+    np.testing.assert_allclose(torch.stack(found).numpy(), expected, rtol=1e-4, atol=1e-4)
 
 
 class Sees(PairNet):
