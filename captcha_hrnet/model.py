@@ -787,8 +787,8 @@ def read_weights(
     except (KeyError, ValueError): return {}   # the caller says what is missing
 
 # %% ../nbs/04_model.ipynb #6b4267da
-SHIPPED = {'pretrained': '6408371646b1913e55bb4475399e97c11d9ec2aa2cc59d3bd2f7e3f58d9b7336',       # SHA-256
-           'pretrained-fast': 'a5e7f233aa0526280533501a11f39f3432980e4302090e291d67ebf4cc5563b5'}
+SHIPPED = {'pretrained': '859911d5888718497281cc44845a23bd912159d66a0f62d2b0a61f4872b8808a',       # SHA-256
+           'pretrained-fast': 'ba6cd7a5b4561e30ba280a254c2a96547db3d5171fefd4816108965abc607920'}
 
 def shipped_weights(
     name: str,   # a key of `SHIPPED`
