@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VARIANTS', 'Rate', 'compare', 'repeated', 'machine', 'synth_variants', 'data_variants', 'infer_variants',
-           'train_variants', 'random_batch', 'report', 'main']
+           'answer_variants', 'train_variants', 'random_batch', 'report', 'main']
 
 # %% ../nbs/12_bench.ipynb #60c818b3
 import json as json_format
@@ -21,7 +21,8 @@ import captcha_hrnet
 from .config import Config, Overrides, UserError, cli, load_config, pick_device
 from .data import DataPipeline, loader_speed
 from .graphs import make_engine
-from .model import create_lite_hrnet_18_fpn
+from .model import SHIPPED, create_lite_hrnet_18_fpn
+from .predict import Predictor
 from .synth import CaptchaSynth, find_preset, write_dataset
 from .twin import folded
 
@@ -147,6 +148,26 @@ def _pictures(config, batch, device) -> torch.Tensor:  # uint8 [batch, C, H, W]
     size = config.model.in_channels, config.data.input_height, config.data.input_width
     return torch.randint(0, 256, (batch, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).to(device)
 
+# %% ../nbs/12_bench.ipynb #243784ae
+def answer_variants(
+    config: Config,      # its `synth`, seed and device
+    seconds: float,      # each round, at least
+    pictures: int = 64,  # drawn captchas
+) -> dict[str, Callable[[], float]]:
+    "The networks that ship, step by step."
+    synth, device = CaptchaSynth(config.synth, config.seed), pick_device(config.hardware.device)
+    images = [synth.draw(number).image for number in range(pictures)]
+    return {f'{name}, {kind}': partial(repeated, _answering(Predictor(name, str(device)), images, **steps), seconds, device)
+            for name in SHIPPED for kind, steps in {'best pair': dict(look=False, lay=False), 'laid over': dict(look=False), 'looked at again': {}}.items()}
+
+def _answering(predictor, images, look=True, lay=True) -> Callable[[], int]:
+    predictor.model.decode_options['registration'] = lay
+    if not look: predictor.model.pair_net = None
+    def answer():
+        for image in images: predictor(image)
+        return len(images)
+    return answer
+
 # %% ../nbs/12_bench.ipynb #1cdccf0a
 def train_variants(
     config: Config,    # the run that is measured
@@ -199,7 +220,7 @@ def report(rates: list[Rate]) -> str:
     lines = [f'{"variant":{width}}  samples/s   slowest – fastest round    ratio']
     return '\n'.join(lines + [f'{r.variant:{width}}  {r.median:9.1f}   {r.low:8.1f} – {r.high:8.1f}   {r.ratio:12.2f}' for r in rates])
 
-VARIANTS = dict(synth=synth_variants, data=data_variants, infer=infer_variants, train=train_variants)
+VARIANTS = dict(synth=synth_variants, data=data_variants, infer=infer_variants, answer=answer_variants, train=train_variants)
 
 @cli
 def main(
