@@ -99,7 +99,7 @@ class PairNet(nn.Module):
 
     def likeness(self,
         found: Tensor,  # [N, C, h, w] the coarsest map
-    ) -> Tensor:        # [N] logit: against that it is no pair
+    ) -> Tensor:        # [N] logit that they are a pair, against none
         return self.out(torch.cat([found.mean((2, 3)), found.amax((2, 3))], 1))[:, 0]
 
     def forward(self, views: Tensor) -> Tensor: return self.likeness(self.layers(views))

@@ -67,7 +67,7 @@ SAME_PX = 8.         # px of the input: places nearer than that are one place
 BESIDE = 2           # pairs that are the true one, laid over wrongly
 BESIDE_PX = 3., 24.  # px of the input: by how much
 AWAY = 5.            # px of the input: standard deviation of how far away pairs are moved, those that are moved most
-HIDDEN = .25         # of the true pairs
+HIDDEN = .25         # share of the true pairs that are not told
 
 def beside(
     truth: Tensor,   # [B, 2, 2] gap and slider piece, x, y, px of the input
@@ -126,7 +126,7 @@ def look_losses(
 ) -> tuple[Tensor, Tensor, Tensor]:   # the loss, the share of pictures of which the right thing is likeliest, the centre's mean error (px)
     "Which pair is true, or none of them (cross-entropy, 0 is the logit of none), and where are its sides (L1) and its centre (Laplace likelihood)?"
     maps = net.maps(views)
-    logits = F.pad(net.likeness(maps[-1]).float().view(known.shape).masked_fill(~known, -torch.inf), (0, 1))   # and none of them
+    logits = F.pad(net.likeness(maps[-1]).float().view(known.shape).masked_fill(~known, -torch.inf), (0, 1))   # the last: none of them
     target = torch.where(known[:, 0], 0, known.shape[1])
     seen, doubt = net.outline([each[::known.shape[1]] for each in maps])
     there = centre.isfinite()
