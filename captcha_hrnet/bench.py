@@ -154,7 +154,7 @@ def answer_variants(
     seconds: float,      # each round, at least
     pictures: int = 64,  # drawn captchas
 ) -> dict[str, Callable[[], float]]:
-    "The networks that ship, step by step."
+    "A whole answer by the networks that ship: the best pair of their maps; that pair laid over; likely pairs looked at again, as they ship."
     synth, device = CaptchaSynth(config.synth, config.seed), pick_device(config.hardware.device)
     images = [synth.draw(number).image for number in range(pictures)]
     return {f'{name}, {kind}': partial(repeated, _answering(Predictor(name, str(device)), images, **steps), seconds, device)

@@ -91,7 +91,7 @@ def compared_pairs(
     gumbel = -torch.rand_like(logits).clamp_min(1e-6).log().neg().log()
     best, index = (logits/4 + gumbel).masked_fill(here, -torch.inf).topk(count - 2 - BESIDE)
     truth = torch.cat([gap, slider], 1)
-    there, told = truth.isfinite().all(2).all(1, keepdim=True), torch.rand(len(truth), 1, device=truth.device) >= HIDDEN
+    there, told = truth.isfinite().flatten(1).all(1, keepdim=True), torch.rand(len(truth), 1, device=truth.device) >= HIDDEN
     truth = truth.nan_to_num(0) + .5*torch.randn_like(truth)   # a detector's error
     wrong = [torch.cat([points, picked(others, index)], 1) for points, others in zip(beside(truth), (gaps, sliders))]
     with full_precision(truth.device.type): laid = [points.view_as(wrong[0]) for points in registered(batch['image'].float()/255, *(points.flatten(0, 1) for points in wrong))]
@@ -130,11 +130,11 @@ def look_losses(
     target = torch.where(known[:, 0], 0, known.shape[1])
     seen, doubt = net.outline([each[::known.shape[1]] for each in maps])
     there = centre.isfinite()
-    def mean(values, there=there): return torch.where(there, values, 0).sum()/there.sum().clamp_min(1)
+    def mean(values, where): return torch.where(where, values, 0).sum()/where.sum().clamp_min(1)
     error = (seen.mean(2) - centre.nan_to_num()).abs()
     sides = (seen - torch.stack([centre - size/2, centre + size/2], 2).nan_to_num()).abs().mean(2)
-    loss = F.cross_entropy(logits, target) + CENTRE_WEIGHT*mean(error*(-doubt).exp() + doubt) + SIDES_WEIGHT*mean(sides, there & (size > 0))
-    return loss, (logits.argmax(1) == target).float().mean(), mean(error)
+    loss = F.cross_entropy(logits, target) + CENTRE_WEIGHT*mean(error*(-doubt).exp() + doubt, there) + SIDES_WEIGHT*mean(sides, there & (size > 0))
+    return loss, (logits.argmax(1) == target).float().mean(), mean(error, there)
 
 def second_looks(
     model: CaptchaKeypointNet,   # its `pair_net` learns

@@ -234,14 +234,14 @@ def test_compared_pairs(seed):
         torch.manual_seed(seed)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(train_reranking, 'AWAY', away); patch.setattr(train_reranking, 'HIDDEN', hidden)
-            found[away + hidden] = compared_pairs(Blind(), batch, 8)
-    assert not found[6.][2][:, 0].any() and torch.equal(found[6.][2][:, 1:], found[5.][2][:, 1:]) and torch.equal(found[6.][0], found[5.][0])
-    assert all(points.isfinite().all() for points in found[0.]) and not found[0.][2][3:, :2 + BESIDE].any() and found[0.][2][3:].any()
-    found, batch = {away: [points[:3] for points in each] for away, each in found.items()}, {name: values[:3] for name, values in batch.items()}
-    gaps, sliders, known = found[0.]
-    moved = [found[5.][k] - found[0.][k] for k in (0, 1)]
+            found[away, hidden] = compared_pairs(Blind(), batch, 8)
+    still, moved, untold = found.values()
+    assert not untold[2][:, 0].any() and torch.equal(untold[2][:, 1:], moved[2][:, 1:]) and torch.equal(untold[0], moved[0])
+    assert all(points.isfinite().all() for points in still) and not still[2][3:, :2 + BESIDE].any() and still[2][3:].any()
+    (gaps, sliders, known), others, batch = [points[:3] for points in still], [points[:3] for points in moved], {name: values[:3] for name, values in batch.items()}
+    moved = [others[0] - gaps, others[1] - sliders]
     torch.testing.assert_close(*moved, atol=1e-4, rtol=0)
-    assert moved[0].abs().max() > 1 and torch.equal(known, found[5.][2])
+    assert moved[0].abs().max() > 1 and torch.equal(known, others[2])
     gap, slider = batch['gap_coords'][:, None], batch['slider_coords'][:, None]
     near = lambda a, b: (a - b).abs().amax(-1) < SAME_PX
     assert known[:, :2 + BESIDE].all() and (near(gaps[:, :1], gap) & near(sliders[:, :1], slider)).all()
