@@ -335,7 +335,7 @@ def audit(
 # %% ../nbs/15_audit.ipynb #5a720fcc
 LITTLE = 5   # points
 
-WORDS = dict(color_shift='Shifted colours', sensor_noise='Sensor noise', row_offset='A slider on another row', bright_edge='A bright edge', decoy='Decoy gaps', hollow='A hollow gap', strip='A strip for the slider',
+WORDS = dict(color_shift='Shifted colours', sensor_noise='Sensor noise', row_offset='A slider on another row', bright_edge='A bright edge', decoy='Decoy gaps', hollow='A hollow gap', strip='A strip for the slider', clutter='Clutter over the picture',
              overlap='A slider that covers the gap', jpeg='JPEG compression', resize='Scaling', blur='Blur', noise='Noise', highlight='A highlight', rotation='Rotation')
 
 def verdict(level: dict) -> str:

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['CORE_SCALARS', 'CORE_RESOLVERS', 'Text', 'Positive', 'NotNegative', 'Unit', 'BelowOne', 'Count', 'CountOrNone',
-           'BACKGROUNDS', 'SHAPES', 'GAP_STYLES', 'SLIDER_STYLES', 'CONFUSIONS', 'CAMERA_EFFECTS', 'LAYOUTS', 'Side',
-           'METRICS', 'Metric', 'SCHEMA', 'Overrides', 'UserError', 'ConfigLoader', 'ConfigDumper', 'parse_yaml',
-           'check_keys', 'read_mapping', 'Rule', 'Section', 'FrozenDict', 'weights_of', 'range_of', 'Factor', 'factor',
-           'SynthConfig', 'DataConfig', 'AugmentConfig', 'ModelConfig', 'LossConfig', 'OptimizerConfig', 'SchedConfig',
-           'TrainConfig', 'SecondGuard', 'EarlyStoppingConfig', 'EvalConfig', 'CheckpointsConfig', 'LoggingConfig',
-           'HardwareConfig', 'Config', 'schema_keys', 'nearest_key', 'error_line', 'field_errors', 'broken_rules',
-           'rule_line', 'check_tree', 'merge', 'origins_of', 'read_layers', 'parse_override', 'apply_overrides',
-           'load_config', 'write_atomically', 'save_config', 'existing_devices', 'pick_device', 'make_folder',
-           'ConfigManager', 'run_command', 'cli']
+           'BACKGROUNDS', 'SHAPES', 'RARE_STYLES', 'GAP_STYLES', 'SLIDER_STYLES', 'CONFUSIONS', 'CAMERA_EFFECTS',
+           'LAYOUTS', 'OVERLAYS', 'Side', 'METRICS', 'Metric', 'SCHEMA', 'Overrides', 'UserError', 'ConfigLoader',
+           'ConfigDumper', 'parse_yaml', 'check_keys', 'read_mapping', 'Rule', 'Section', 'FrozenDict', 'weights_of',
+           'range_of', 'Factor', 'factor', 'SynthConfig', 'DataConfig', 'AugmentConfig', 'ModelConfig', 'LossConfig',
+           'OptimizerConfig', 'SchedConfig', 'TrainConfig', 'SecondGuard', 'EarlyStoppingConfig', 'EvalConfig',
+           'CheckpointsConfig', 'LoggingConfig', 'HardwareConfig', 'Config', 'schema_keys', 'nearest_key', 'error_line',
+           'field_errors', 'broken_rules', 'rule_line', 'check_tree', 'merge', 'origins_of', 'read_layers',
+           'parse_override', 'apply_overrides', 'load_config', 'write_atomically', 'save_config', 'existing_devices',
+           'pick_device', 'make_folder', 'ConfigManager', 'run_command', 'cli']
 
 # %% ../nbs/00_config.ipynb #4f8c80b2
 import difflib
@@ -191,12 +191,14 @@ CountOrNone = Annotated[int, Field(ge=0)]         # 0 (switched off), 1, 2, …
 BACKGROUNDS = ("gradient", "noise", "texture", "blobs", "leaves", "cells", "text", "scene", "motif", "landscape", "blocks", "mosaic",
                "mixture", "photo")
 SHAPES = ("jigsaw", "circle", "square", "rounded", "triangle", "polygon", "star", "blob", "heart", "cross", "flower", "drop", "notched")
+RARE_STYLES = ("solid", "patterned", "dashed")   # of gaps: drawn where a mixture asks for them
 GAP_STYLES = ("dark", "light", "white", "translucent", "outlined", "inner_shadow", "outer_shadow", "blurred", "frosted",
-              "desaturated", "own_texture")
+              "desaturated", "own_texture", *RARE_STYLES)
 SLIDER_STYLES = ("plain", "white_border", "color_border", "shadow", "glow", "bright", "translucent", "bevel")
 CONFUSIONS = ("rotation", "noise", "highlight", "decoy", "hollow", "bright_edge")
 CAMERA_EFFECTS = ("jpeg", "resize", "blur", "color_shift", "sensor_noise")
 LAYOUTS = ("strip", "row_offset", "overlap")
+OVERLAYS = ("clutter",)
 
 class Factor(Section):
     "Something that a sample may or may not have"
@@ -222,7 +224,7 @@ class SynthConfig(Section):
     backgrounds: weights_of(BACKGROUNDS) = {name: 6.0 if name == "photo" else 1.0 for name in BACKGROUNDS}   # family → weight
     background_dir: Text | None = None    # a folder of photographs for `photo`; `package`: the ten that ship; null: `photo` is left out
     shapes: weights_of(SHAPES) = {name: 6.0 if name == "jigsaw" else 1.0 for name in SHAPES}                 # piece shape → weight
-    gap_styles: weights_of(GAP_STYLES) = dict.fromkeys(GAP_STYLES, 1.0)             # how the gap is drawn → weight
+    gap_styles: weights_of(GAP_STYLES) = {name: 1.0 for name in GAP_STYLES if name not in RARE_STYLES}   # how the gap is drawn → weight
     slider_styles: weights_of(SLIDER_STYLES) = dict.fromkeys(SLIDER_STYLES, 1.0)    # how the slider piece is drawn → weight
     slider_start: Literal["left", "anywhere", "mixed"] = "mixed"                    # where the slider piece waits
     strip: Factor = factor(0.1)           # the slider piece waits on a strip of its own beside the picture
@@ -243,6 +245,7 @@ class SynthConfig(Section):
     blur: Factor = factor(0.15)           # camera: out of focus
     color_shift: Factor = factor(0.25)    # camera: brightness, contrast, colours
     sensor_noise: Factor = factor(0.15)   # camera: grain
+    clutter: Factor = factor(0.0)         # overlay: lines, specks, letters or a button over the finished drawing
 
     rules = (Rule(("backgrounds", "background_dir"), lambda synth: synth.background_dir or any(weight for name, weight in
                   synth.backgrounds.items() if name != "photo"), "must give a family besides photo a weight, as there is no background_dir"),

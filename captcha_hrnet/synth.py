@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'PARTS', 'POINTS', 'FULL_TURN', 'SHAPES', 'KNOBS', 'BACKGROUNDS', 'PHOTO_SUFFIXES', 'VALIDATION_SHARE',
-           'PHOTO_MEMORY', 'GAP_STYLES', 'SLIDER_STYLES', 'FACTORS', 'MAX_ANGLE', 'ARCS', 'ARC_POINTS', 'CHUNK',
-           'QUICK_PNG', 'Streams', 'register', 'choose', 'chance', 'box_centre', 'unit', 'rotated', 'spaced',
-           'smoothed', 'to_cv2', 'coverage', 'polar', 'turn', 'jigsaw_outline', 'make_outline', 'palette', 'one_colour',
-           'colourised', 'random_bytes', 'fractal_noise', 'photo_key', 'read_photo', 'PhotoFolder', 'with_light',
-           'add_grey', 'Stamp', 'hollow_out', 'perlin_noise', 'add_perlin', 'add_highlight', 'brighten_edge',
-           'paint_gap', 'paint_slider', 'roll_factors', 'Plan', 'picture_sizes', 'lay_out_scene', 'free_place',
-           'other_row', 'place_pieces', 'likeness', 'decoy_outline', 'add_decoys', 'make_plan', 'scaled',
+           'PHOTO_MEMORY', 'GAP_STYLES', 'PATTERNS', 'SLIDER_STYLES', 'FACTORS', 'MAX_ANGLE', 'OVERLAID', 'ARCS',
+           'ARC_POINTS', 'CHUNK', 'QUICK_PNG', 'Streams', 'register', 'choose', 'chance', 'box_centre', 'unit',
+           'rotated', 'spaced', 'smoothed', 'to_cv2', 'coverage', 'polar', 'turn', 'jigsaw_outline', 'make_outline',
+           'palette', 'one_colour', 'colourised', 'random_bytes', 'fractal_noise', 'photo_key', 'read_photo',
+           'PhotoFolder', 'with_light', 'add_grey', 'Stamp', 'two_tints', 'across', 'solid', 'stripes', 'checks',
+           'dots', 'grain', 'patterned', 'dashed', 'hollow_out', 'perlin_noise', 'add_perlin', 'add_highlight',
+           'brighten_edge', 'paint_gap', 'paint_slider', 'roll_factors', 'Plan', 'picture_sizes', 'lay_out_scene',
+           'free_place', 'other_row', 'place_pieces', 'likeness', 'decoy_outline', 'add_decoys', 'make_plan',
+           'points_in', 'thickness', 'lines', 'curves', 'specks', 'letters', 'button', 'add_clutter', 'scaled',
            'out_of_focus', 'colour_shifted', 'noisy', 'jpeg', 'apply_camera', 'measure_visibility', 'Sample',
            'flags_of', 'finish', 'CaptchaSynth', 'contact_sheet', 'draw_labels', 'browse', 'part_path', 'image_name',
            'write_chunk', 'start_worker', 'run_chunk', 'read_lines', 'chunks_to_do', 'close_split', 'claim_folder',
@@ -39,12 +41,12 @@ import numpy as np
 from tqdm import tqdm
 
 # %% ../nbs/02_synth.ipynb #7baad877
-from .config import CAMERA_EFFECTS, CONFUSIONS, LAYOUTS, Config, Factor, Overrides, SynthConfig, UserError
+from .config import CAMERA_EFFECTS, CONFUSIONS, LAYOUTS, OVERLAYS, Config, Factor, Overrides, SynthConfig, UserError
 from .config import cli, load_config, write_atomically
 
 # %% ../nbs/02_synth.ipynb #514e42b5
 SPLITS = {"train": 0, "val": 1}
-PARTS = {name: key for key, name in enumerate(["plan", "shape", "background", "gap", "slider", "decoy", "camera", "absent"])}
+PARTS = {name: key for key, name in enumerate(["plan", "shape", "background", "gap", "slider", "decoy", "camera", "absent", "clutter"])}
 
 class _Words(np.random.bit_generator.ISeedSequence):
     "Hands a bit generator the words that it is seeded with."
@@ -846,6 +848,58 @@ def own_texture(stamp):
     stamp.blend(255.0 * chance(stamp.rng, 0.4), stamp.mask * stamp.dial(0, 0.45))
     stamp.blend(255.0 * chance(stamp.rng, 0.5), stamp.line(stamp.rng.uniform(1, 2)) * stamp.dial(0, 0.6))
 
+# %% ../nbs/02_synth.ipynb #10bdcfc3
+def two_tints(stamp):
+    "Two colours, or two greys from black to white, float [3] each."
+    return palette(stamp.rng, 2) if chance(stamp.rng, 0.5) else np.repeat(stamp.rng.choice([0, 0.5, 1, *stamp.rng.random(2)], (2, 1)) * 255.0, 3, 1)
+
+def across(stamp):
+    "Coordinates along two directions at right angles, turned at random, float [h, w] each, px."
+    (height, width), angle = stamp.size, stamp.rng.uniform(0, np.pi) if chance(stamp.rng, 0.7) else 0.0
+    x, y = np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32)[:, None]
+    return x * np.float32(np.cos(angle)) + y * np.float32(np.sin(angle)), y * np.float32(np.cos(angle)) - x * np.float32(np.sin(angle))
+
+@register(GAP_STYLES)
+def solid(stamp):
+    "One opaque colour, or a run from one to another."
+    first, second = two_tints(stamp)
+    stamp.blend(first, stamp.mask * stamp.dial(0.85, 1))
+    if chance(stamp.rng, 0.4): stamp.blend(second, stamp.mask * np.clip(across(stamp)[0] / stamp.side, 0, 1))
+
+PATTERNS = {}   # name -> function(u, v, rng) -> float32 [h, w], 0..1; u and v are coordinates in periods
+
+@register(PATTERNS)
+def stripes(u, v, rng): return u % 1 < rng.uniform(0.25, 0.75)
+
+@register(PATTERNS)
+def checks(u, v, rng): return (np.floor(u) + np.floor(v)) % 2
+
+@register(PATTERNS)
+def dots(u, v, rng): return (u % 1 - 0.5) ** 2 + (v % 1 - 0.5) ** 2 < rng.uniform(0.2, 0.45) ** 2
+
+@register(PATTERNS)
+def grain(u, v, rng): return random_bytes(rng, *u.shape) / 255
+
+@register(GAP_STYLES)
+def patterned(stamp):
+    "Stripes, checks, dots or grain, over the picture or in its place."
+    (first, second), (u, v) = two_tints(stamp), across(stamp)
+    period = max(stamp.side * stamp.rng.uniform(0.05, 0.25), 3.0)   # px
+    wave = PATTERNS[choose(dict.fromkeys(PATTERNS, 1.0), stamp.rng)](u / period, v / period, stamp.rng)
+    if chance(stamp.rng, 0.7): stamp.blend(first, stamp.mask * stamp.dial(0.1, 1))
+    stamp.blend(second, stamp.mask * wave.astype(np.float32) * stamp.dial(0.3, 1))
+
+@register(GAP_STYLES)
+def dashed(stamp):
+    "A broken line around a gap that is dimmed, or hardly changed."
+    stamp.blend(255.0 * chance(stamp.rng, 0.4), stamp.mask * stamp.dial(0, 0.5))
+    points, length = spaced(stamp.outline, 256)
+    dashes, part = int(np.clip(length / (stamp.side * stamp.rng.uniform(0.1, 0.3)), 6, 40)), stamp.rng.uniform(0.4, 0.7)
+    line, curve = np.zeros(stamp.size, np.uint8), to_cv2(np.array([points.real, points.imag]).T)
+    strokes = [curve[int(256 * k / dashes):int(256 * (k + part) / dashes) + 1] for k in range(dashes)]
+    cv2.polylines(line, strokes, False, 255, int(stamp.rng.integers(1, 4)), cv2.LINE_AA, 6)
+    stamp.blend(bright_tint(stamp.rng) if chance(stamp.rng, 0.7) else palette(stamp.rng, 1)[0], line * np.float32(stamp.dial(0.5, 1) / 255))
+
 # %% ../nbs/02_synth.ipynb #6f0361d6
 def hollow_out(
     stamp: Stamp,
@@ -1020,16 +1074,17 @@ def paint_slider(
     stamp.paste()
 
 # %% ../nbs/02_synth.ipynb #76cf5f0c
-FACTORS = CONFUSIONS + CAMERA_EFFECTS + LAYOUTS
+FACTORS = CONFUSIONS + CAMERA_EFFECTS + LAYOUTS + OVERLAYS
 MAX_ANGLE = 45.0     # degrees, at strength 1
 
 def roll_factors(
     config: SynthConfig,
+    names: tuple,             # of `FACTORS`
     rng: np.random.Generator, # of the plan
 ) -> dict:                    # factor -> strength 0 (absent) .. 1
     "Which factors a sample has, and how strongly."
     strength = {}
-    for name, (luck, level) in zip(FACTORS, rng.random((len(FACTORS), 2)).tolist()):
+    for name, (luck, level) in zip(names, rng.random((len(names), 2)).tolist()):
         factor = getattr(config, name)
         low, high = factor.strength
         strength[name] = low + (high - low) * level if luck < factor.p else 0.0
@@ -1183,7 +1238,7 @@ def make_plan(
     shape_rng: np.random.Generator, # of the outline
 ) -> Plan:
     "Draw the geometry of a sample; decoys come later."
-    strength = roll_factors(config, rng)
+    strength = roll_factors(config, CONFUSIONS + CAMERA_EFFECTS + LAYOUTS, rng)
     size, drawn = picture_sizes(config, strength["resize"], rng)
     shape, share, clockwise = choose(config.shapes, rng), rng.uniform(*config.piece_size), rng.random() < 0.5
     outline = make_outline(shape, shape_rng)
@@ -1192,7 +1247,74 @@ def make_plan(
     angle = MAX_ANGLE * strength["rotation"] * (1 if clockwise else -1)
     plan = Plan(size, drawn, scene, shape, outline * side, angle, None, None, strength, [])
     place_pieces(config, plan, rng)
+    plan.strength |= roll_factors(config, OVERLAYS, rng)    # last: nothing else depends on it
     return plan
+
+# %% ../nbs/02_synth.ipynb #fd8a33d2
+OVERLAID = {}   # name -> function(picture, strength, rng): draws over `picture`, uint8 [h, w, 3]
+
+def points_in(picture, rng, count):
+    "Random points of a picture, int [count, 2]."
+    return (rng.random((count, 2)) * (picture.shape[1], picture.shape[0])).astype(int)
+
+def thickness(picture, strength, rng):
+    "Of a line, whole px."
+    return 1 + int(picture.shape[0] / 100 * strength * rng.random() + 0.5)
+
+@register(OVERLAID)
+def lines(picture, strength, rng):
+    "Straight lines from anywhere to anywhere."
+    ends, tints = points_in(picture, rng, 20).tolist(), palette(rng, 10).tolist()
+    for one, other, tint in list(zip(ends[::2], ends[1::2], tints))[:1 + int(9 * strength * rng.random())]:
+        cv2.line(picture, one, other, tint, thickness(picture, strength, rng), cv2.LINE_AA)
+
+@register(OVERLAID)
+def curves(picture, strength, rng):
+    "Waves from side to side."
+    height, width = picture.shape[:2]
+    x = np.linspace(0, width, 48)
+    for tint in palette(rng, 5)[:1 + int(4 * strength * rng.random())].tolist():
+        waves, tall, start, y = rng.uniform((0.5, 0.03, 0, 0.1), (3, 0.3, FULL_TURN, 0.9))
+        curve = np.array([x, height * (y + tall * np.sin(x * (waves * FULL_TURN / width) + start))]).T
+        cv2.polylines(picture, [to_cv2(curve)], False, tint, thickness(picture, strength, rng), cv2.LINE_AA, 6)
+
+@register(OVERLAID)
+def specks(picture, strength, rng):
+    "Dots of several sizes."
+    places, tints = points_in(picture, rng, 65).tolist(), palette(rng, 65).tolist()
+    for place, tint in list(zip(places, tints))[:5 + int(60 * strength * rng.random())]:
+        cv2.circle(picture, place, 1 + int(picture.shape[0] / 60 * strength * rng.random() ** 2), tint, -1, cv2.LINE_AA)
+
+@register(OVERLAID)
+def letters(picture, strength, rng):
+    "A watermark: a word or two."
+    tint, size = (255.0,) * 3 if chance(rng, 0.5) else palette(rng, 1)[0].tolist(), picture.shape[0] / 300 * rng.uniform(0.5, 1 + 2 * strength)
+    for place in points_in(picture, rng, 4)[:1 + int(3 * strength * rng.random())].tolist():
+        word = "".join(map(chr, rng.integers(48, 123, int(rng.integers(3, 12)))))
+        cv2.putText(picture, word, place, int(rng.integers(8)), size, tint, thickness(picture, strength, rng), cv2.LINE_AA)
+
+@register(OVERLAID)
+def button(picture, strength, rng):
+    "A round or square button at an edge, with a sign on it."
+    height, width = picture.shape[:2]
+    radius = max(int(height * rng.uniform(0.03, 0.05 + 0.06 * strength)), 3)
+    x, y = (width - 1.5 * radius if chance(rng, 0.7) else 1.5 * radius), (1.5 * radius if chance(rng, 0.6) else height - 1.5 * radius)
+    face, sign = (tint.tolist() for tint in rng.permutation([rng.uniform(200, 255, 3), rng.uniform(0, 120, 3)]))
+    place = (int(x), int(y))
+    if chance(rng, 0.6): cv2.circle(picture, place, radius, face, -1, cv2.LINE_AA)
+    else: cv2.rectangle(picture, (place[0] - radius, place[1] - radius), (place[0] + radius, place[1] + radius), face, -1)
+    cv2.ellipse(picture, place, (radius // 2, radius // 2), rng.uniform(0, 360), 0, rng.uniform(90, 330), sign, 1 + radius // 8, cv2.LINE_AA)
+
+def add_clutter(
+    picture: np.ndarray,      # uint8 [H, W, 3]
+    strength: float,          # 0..1
+    rng: np.random.Generator, # of the clutter
+) -> np.ndarray:              # uint8 [H, W, 3]
+    "Draw one or two kinds of clutter over the finished drawing, opaque or not; where gap and slider are plays no part."
+    over = picture.copy()
+    for name in rng.permutation(list(OVERLAID))[:1 + chance(rng, 0.3)]: OVERLAID[name](over, strength, rng)
+    alpha = rng.uniform(0.3 + 0.3 * strength, 1)
+    return cv2.addWeighted(over, alpha, picture, 1 - alpha, 0)
 
 # %% ../nbs/02_synth.ipynb #7d29a991
 def scaled(image, plan, rng):
@@ -1365,6 +1487,7 @@ class CaptchaSynth:
         while True:
             cut = cut or self._cut(streams, plan, canvas, attempts[0])
             picture, slider_style = self._lay(streams, plan, canvas, cut[0], attempts[1])
+            if plan.strength["clutter"]: picture = add_clutter(picture, plan.strength["clutter"], streams("clutter"))
             sample = finish(plan, picture, {"background": background, "gap_style": cut[1], "slider_style": slider_style}, streams("camera"))
             weak = [v is not None and v < self.config.min_visibility for v in (sample.visibility, sample.slider_visibility)]
             if not any(w and a < last for w, a in zip(weak, attempts)): return sample

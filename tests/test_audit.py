@@ -90,7 +90,7 @@ def test_a_hit_is_a_slide_or_an_answer_within_its_px():
 
 def test_levels_are_the_same_captchas():
     base, indices = CaptchaSynth(with_factors(SMALL.synth, {}), 1, 'val'), range(3)
-    for factor in ('noise', 'highlight', 'decoy', 'hollow', 'bright_edge', 'jpeg', 'blur', 'color_shift', 'sensor_noise'):
+    for factor in ('noise', 'highlight', 'decoy', 'hollow', 'bright_edge', 'jpeg', 'blur', 'color_shift', 'sensor_noise', 'clutter'):
         for strength in STRENGTHS[::3]:
             synth = CaptchaSynth(with_factors(SMALL.synth, {factor: strength}), 1, 'val')
             for index in indices:

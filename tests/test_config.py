@@ -20,6 +20,7 @@ from captcha_hrnet.config import (
     CAMERA_EFFECTS,
     CONFUSIONS,
     LAYOUTS,
+    OVERLAYS,
     METRICS,
     SCHEMA,
     Config,
@@ -199,7 +200,7 @@ def test_every_metric_selects_and_guards_in_its_own_direction():
 
 
 def test_factors_are_sections():
-    assert all(SCHEMA["synth", name].__name__ == "Factor" for name in (*CONFUSIONS, *CAMERA_EFFECTS, *LAYOUTS))
+    assert all(SCHEMA["synth", name].__name__ == "Factor" for name in (*CONFUSIONS, *CAMERA_EFFECTS, *LAYOUTS, *OVERLAYS))
 
 
 # ── files ────────────────────────────────────────────────────────────────────────────────────────────────────────

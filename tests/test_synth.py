@@ -241,6 +241,35 @@ def test_a_flag_never_stands_for_nothing(name):
         assert a.image.shape != b.image.shape or (a.image != b.image).any()
 
 
+@given(index=st.integers(0, 10**6), strength=st.floats(0.01, 1), kind=st.sampled_from(sorted(synth.OVERLAID)))
+@settings(max_examples=60, deadline=None)
+def test_clutter_changes_the_picture_alone(index, strength, kind):
+    "Labels, outlines and styles stay; each kind shows at every strength, and is drawn on a copy."
+    with_it, without = (CaptchaSynth(SynthConfig(**SMALL, min_visibility=0.0, **factors), 3) for factors in (only(clutter=strength), OFF))
+    a, b = with_it.draw(index), without.draw(index)
+    visible = ("visibility", "slider_visibility", "has_clutter")
+    assert {k: v for k, v in a.record("x").items() if k not in visible} == {k: v for k, v in b.record("x").items() if k not in visible}
+    assert a.flags["has_clutter"] and not b.flags["has_clutter"] and (a.image != b.image).any()
+    picture = np.full((60, 120, 3), 128, np.uint8)
+    synth.OVERLAID[kind](picture, strength, np.random.default_rng(index))
+    assert (picture != 128).any()
+    before = b.image.copy()
+    assert synth.add_clutter(b.image, strength, np.random.default_rng(index)) is not b.image and (b.image == before).all()
+
+
+@given(seed=st.integers(0, 10**6))
+@settings(max_examples=40, deadline=None)
+def test_a_solid_gap_shows_nothing_of_the_picture(seed):
+    "At its strongest it is the same on two pictures that have nothing in common; a translucent one is not."
+    outline = make_outline("jigsaw", np.random.default_rng(seed)) * 40 + 40
+    inside = coverage(outline, (80, 80)) == 1
+    pictures = [np.full((80, 80, 3), 30, np.uint8), np.random.default_rng(1).integers(0, 256, (80, 80, 3), dtype=np.uint8)]
+    for style, same in (("solid", True), ("translucent", False)):
+        painted = [picture.copy() for picture in pictures]
+        for picture in painted: synth.paint_gap(picture, outline, style, dict.fromkeys(FACTORS, 0.0), np.random.default_rng(seed), boost=1.0)
+        assert (painted[0][inside] == painted[1][inside]).all() == same
+
+
 def test_what_is_absent_is_not_drawn_and_all_else_stays():
     "Against the same samples with everything: the picture differs where the absent piece was, and nowhere else."
     plain = SynthConfig(**SMALL, **OFF, min_visibility=0.0)
