@@ -263,10 +263,12 @@ class DataConfig(Section):
     input_width: Side = 512                       # px, a multiple of 32
     train_samples: Count = 60000                  # samples an epoch (synthetic)
     val_samples: Count = 2000                     # samples (synthetic)
+    passes: Count = 1                             # how often an epoch goes over the training samples (directory)
     on_bad_sample: Literal["raise", "skip"] = "raise"   # skip: leave out, and list in rejected.jsonl
     max_decoys: CountOrNone = 4                   # decoy gaps that a sample carries; further ones are dropped
     cache: Text | None = None                     # folder for samples as the network takes them, packed; null: none
-    rules = (Rule(("root", "source"), lambda data: data.source != "directory" or data.root, "must name the data folder"),)
+    rules = (Rule(("root", "source"), lambda data: data.source != "directory" or data.root, "must name the data folder"),
+             Rule(("passes", "source"), lambda data: data.source == "directory" or data.passes == 1, "must be 1: train_samples says how many are drawn"))
 
 class AugmentConfig(Section):
     "How the pictures of a training batch are changed on the device, otherwise in every step"

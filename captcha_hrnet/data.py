@@ -487,26 +487,28 @@ PackedDataset._record, PackedDataset._is_good, PackedDataset._write = _record, _
 class TrainBatches(Sampler):
     "Batches of indices for one process: a pure function of seed, epoch and step."
     def __init__(self,
-        length: int,          # samples an epoch
+        length: int,          # samples
         batch_size: int,      # a process
         seed: int,
         endless: bool,        # the source has no end (generator): walk on instead of shuffling
         rank: int = 0, world: int = 1,
+        passes: int = 1,      # over the samples, an epoch; 1 if endless
     ):
-        self.length, self.batch_size, self.seed, self.endless, self.rank, self.world = length, batch_size, seed, endless, rank, world
+        self.length, self.batch_size, self.seed, self.endless, self.rank, self.world, self.passes = length, batch_size, seed, endless, rank, world, passes
         self.epoch, self.first_step = 0, 0
-        if not len(self): raise UserError(f'{length} training samples do not fill a batch of {batch_size}×{world}: lower train.batch_size')
+        if not len(self): raise UserError(f'{length*passes} training samples do not fill a batch of {batch_size}×{world}: lower train.batch_size')
 
     def set_position(self, epoch: int, step: int = 0):
         "The next iteration gives the batches of `epoch` from `step` on."
         self.epoch, self.first_step = epoch, step
 
-    def __len__(self): return self.length // (self.batch_size*self.world)
+    def __len__(self): return self.length*self.passes // (self.batch_size*self.world)
 
-    def order(self) -> torch.Tensor:  # int64 [length]
-        "The epoch's order of indices."
+    def order(self) -> torch.Tensor:  # int64 [length * passes]
+        "The epoch's order of indices: every sample once in each pass."
         if self.endless: return self.epoch*self.length + torch.arange(self.length)
-        return torch.from_numpy(np.random.default_rng([self.seed, self.epoch]).permutation(self.length))
+        shuffled = [np.random.default_rng([self.seed, self.epoch*self.passes + k]).permutation(self.length) for k in range(self.passes)]
+        return torch.from_numpy(np.concatenate(shuffled))
 
     def __iter__(self):
         order = self.order()
@@ -546,7 +548,7 @@ class DataPipeline:
         "Check the data and make `train_loader` and `val_loader`."
         train, val, config = self.dataset('train'), self.dataset('val'), self.config
         endless = config.data.source == 'synthetic'
-        self.batches = TrainBatches(len(train), config.train.batch_size, config.seed, endless, self.rank, self.world)
+        self.batches = TrainBatches(len(train), config.train.batch_size, config.seed, endless, self.rank, self.world, config.data.passes)
         self.train_loader = self._loader(train, self.batches)
         self.val_loader = self._loader(val, EvalBatches(len(val), config.eval.batch_size, self.rank, self.world))
         return self

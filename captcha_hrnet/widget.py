@@ -812,7 +812,7 @@ def steps_of(config) -> int:  # of the whole run
     "Optimiser steps of all epochs, on one device."
     labels = Path(config.data.root or '')/'train'/'labels.jsonl'
     if config.data.source == 'synthetic': samples = config.data.train_samples
-    else: samples = labels.read_bytes().count(b'\n') if labels.is_file() else 0
+    else: samples = config.data.passes*labels.read_bytes().count(b'\n') if labels.is_file() else 0
     return config.sched.epochs*max(1, math.ceil(samples//config.train.batch_size/config.train.accumulate))
 
 def time_left(

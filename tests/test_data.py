@@ -444,6 +444,19 @@ def test_training_and_validation_share_nothing():
     assert len(seen[0]) == len(seen[1]) == 12 and not seen[0] & seen[1]
 
 
+@given(length=st.integers(1, 60), batch=st.integers(1, 7), world=st.integers(1, 4), epoch=st.integers(0, 5), passes=st.integers(1, 3))
+@QUICK
+def test_an_epoch_of_several_passes(length, batch, world, epoch, passes):
+    "Pass by pass the orders of so many epochs of one, cut into batches all over; all processes together see each sample so often."
+    if length * passes < batch * world: return
+    several, single = TrainBatches(length, batch, 1, False, 0, world, passes), TrainBatches(length, 1, 1, False)
+    several.set_position(epoch)
+    orders = []
+    for k in range(passes): single.set_position(epoch * passes + k); orders += single.order().tolist()
+    assert several.order().tolist() == orders and len(several) == len(list(several)) == length * passes // (batch * world)
+    assert (np.bincount(orders, minlength=length) == passes).all()
+
+
 @given(length=st.integers(1, 60), batch=st.integers(1, 7), world=st.integers(1, 4), epoch=st.integers(0, 5), endless=st.booleans())
 @QUICK
 def test_processes_share_an_epoch_without_overlap(length, batch, world, epoch, endless):
