@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['CORE_SCALARS', 'CORE_RESOLVERS', 'Text', 'Positive', 'NotNegative', 'Unit', 'BelowOne', 'Count', 'CountOrNone',
-           'BACKGROUNDS', 'SHAPES', 'RARE_STYLES', 'GAP_STYLES', 'SLIDER_STYLES', 'CONFUSIONS', 'CAMERA_EFFECTS',
-           'LAYOUTS', 'OVERLAYS', 'Side', 'METRICS', 'Metric', 'SCHEMA', 'Overrides', 'UserError', 'ConfigLoader',
-           'ConfigDumper', 'parse_yaml', 'check_keys', 'read_mapping', 'Rule', 'Section', 'FrozenDict', 'weights_of',
-           'range_of', 'Factor', 'factor', 'SynthConfig', 'DataConfig', 'AugmentConfig', 'ModelConfig', 'LossConfig',
-           'OptimizerConfig', 'SchedConfig', 'TrainConfig', 'SecondGuard', 'EarlyStoppingConfig', 'EvalConfig',
-           'CheckpointsConfig', 'LoggingConfig', 'HardwareConfig', 'Config', 'schema_keys', 'nearest_key', 'error_line',
-           'field_errors', 'broken_rules', 'rule_line', 'check_tree', 'merge', 'origins_of', 'read_layers',
-           'parse_override', 'apply_overrides', 'load_config', 'write_atomically', 'save_config', 'existing_devices',
-           'pick_device', 'make_folder', 'ConfigManager', 'run_command', 'cli']
+           'BACKGROUNDS', 'SHAPES', 'GAP_STYLES', 'SLIDER_STYLES', 'UNSEEN_STYLES', 'RARE_STYLES', 'CONFUSIONS',
+           'CAMERA_EFFECTS', 'LAYOUTS', 'OVERLAYS', 'Side', 'METRICS', 'Metric', 'SCHEMA', 'Overrides', 'UserError',
+           'ConfigLoader', 'ConfigDumper', 'parse_yaml', 'check_keys', 'read_mapping', 'Rule', 'Section', 'FrozenDict',
+           'weights_of', 'range_of', 'Factor', 'factor', 'SynthConfig', 'DataConfig', 'AugmentConfig', 'ModelConfig',
+           'LossConfig', 'OptimizerConfig', 'SchedConfig', 'TrainConfig', 'SecondGuard', 'EarlyStoppingConfig',
+           'EvalConfig', 'CheckpointsConfig', 'LoggingConfig', 'HardwareConfig', 'Config', 'schema_keys', 'nearest_key',
+           'error_line', 'field_errors', 'broken_rules', 'rule_line', 'check_tree', 'merge', 'origins_of',
+           'read_layers', 'parse_override', 'apply_overrides', 'load_config', 'write_atomically', 'save_config',
+           'existing_devices', 'pick_device', 'make_folder', 'ConfigManager', 'run_command', 'cli']
 
 # %% ../nbs/00_config.ipynb #4f8c80b2
 import difflib
@@ -191,10 +191,12 @@ CountOrNone = Annotated[int, Field(ge=0)]         # 0 (switched off), 1, 2, …
 BACKGROUNDS = ("gradient", "noise", "texture", "blobs", "leaves", "cells", "text", "scene", "motif", "landscape", "blocks", "mosaic",
                "mixture", "photo")
 SHAPES = ("jigsaw", "circle", "square", "rounded", "triangle", "polygon", "star", "blob", "heart", "cross", "flower", "drop", "notched")
-RARE_STYLES = ("solid", "patterned", "dashed")   # of gaps: drawn where a mixture asks for them
 GAP_STYLES = ("dark", "light", "white", "translucent", "outlined", "inner_shadow", "outer_shadow", "blurred", "frosted",
-              "desaturated", "own_texture", *RARE_STYLES)
-SLIDER_STYLES = ("plain", "white_border", "color_border", "shadow", "glow", "bright", "translucent", "bevel")
+              "desaturated", "own_texture", "solid", "patterned", "dashed", "embossed", "recolored", "displaced", "posterized", "ringed")
+SLIDER_STYLES = ("plain", "white_border", "color_border", "shadow", "glow", "bright", "translucent", "bevel", "tinted", "heavy_border",
+                 "labelled")
+UNSEEN_STYLES = ("embossed", "recolored", "displaced", "posterized", "ringed", "tinted", "heavy_border", "labelled")   # for measuring: never train on them
+RARE_STYLES = ("solid", "patterned", "dashed", *UNSEEN_STYLES)   # drawn where a mixture asks for them
 CONFUSIONS = ("rotation", "noise", "highlight", "decoy", "hollow", "bright_edge")
 CAMERA_EFFECTS = ("jpeg", "resize", "blur", "color_shift", "sensor_noise")
 LAYOUTS = ("strip", "row_offset", "overlap")
@@ -225,7 +227,7 @@ class SynthConfig(Section):
     background_dir: Text | None = None    # a folder of photographs for `photo`; `package`: the ten that ship; null: `photo` is left out
     shapes: weights_of(SHAPES) = {name: 6.0 if name == "jigsaw" else 1.0 for name in SHAPES}                 # piece shape → weight
     gap_styles: weights_of(GAP_STYLES) = {name: 1.0 for name in GAP_STYLES if name not in RARE_STYLES}   # how the gap is drawn → weight
-    slider_styles: weights_of(SLIDER_STYLES) = dict.fromkeys(SLIDER_STYLES, 1.0)    # how the slider piece is drawn → weight
+    slider_styles: weights_of(SLIDER_STYLES) = {name: 1.0 for name in SLIDER_STYLES if name not in RARE_STYLES}   # how the slider piece is drawn → weight
     slider_start: Literal["left", "anywhere", "mixed"] = "mixed"                    # where the slider piece waits
     strip: Factor = factor(0.1)           # the slider piece waits on a strip of its own beside the picture
     row_offset: Factor = factor(0.1)      # the slider piece stands on another row than the gap

@@ -9,14 +9,15 @@ __all__ = ['SPLITS', 'PARTS', 'POINTS', 'FULL_TURN', 'SHAPES', 'KNOBS', 'BACKGRO
            'rotated', 'spaced', 'smoothed', 'to_cv2', 'coverage', 'polar', 'turn', 'jigsaw_outline', 'make_outline',
            'palette', 'one_colour', 'colourised', 'random_bytes', 'fractal_noise', 'photo_key', 'read_photo',
            'PhotoFolder', 'with_light', 'add_grey', 'Stamp', 'two_tints', 'across', 'solid', 'stripes', 'checks',
-           'dots', 'grain', 'patterned', 'dashed', 'hollow_out', 'perlin_noise', 'add_perlin', 'add_highlight',
-           'brighten_edge', 'paint_gap', 'paint_slider', 'roll_factors', 'Plan', 'picture_sizes', 'lay_out_scene',
-           'free_place', 'other_row', 'place_pieces', 'likeness', 'decoy_outline', 'add_decoys', 'make_plan',
-           'points_in', 'thickness', 'lines', 'curves', 'specks', 'letters', 'button', 'add_clutter', 'scaled',
-           'out_of_focus', 'colour_shifted', 'noisy', 'jpeg', 'apply_camera', 'measure_visibility', 'Sample',
-           'flags_of', 'finish', 'CaptchaSynth', 'contact_sheet', 'draw_labels', 'browse', 'part_path', 'image_name',
-           'write_chunk', 'start_worker', 'run_chunk', 'read_lines', 'chunks_to_do', 'close_split', 'claim_folder',
-           'default_workers', 'run_jobs', 'write_dataset', 'find_preset', 'main']
+           'dots', 'grain', 'patterned', 'dashed', 'relief', 'embossed', 'recolored', 'displaced', 'posterized',
+           'ringed', 'hollow_out', 'perlin_noise', 'add_perlin', 'add_highlight', 'brighten_edge', 'paint_gap',
+           'paint_slider', 'roll_factors', 'Plan', 'picture_sizes', 'lay_out_scene', 'free_place', 'other_row',
+           'place_pieces', 'likeness', 'decoy_outline', 'add_decoys', 'make_plan', 'points_in', 'thickness', 'lines',
+           'curves', 'specks', 'letters', 'button', 'add_clutter', 'scaled', 'out_of_focus', 'colour_shifted', 'noisy',
+           'jpeg', 'apply_camera', 'measure_visibility', 'Sample', 'flags_of', 'finish', 'CaptchaSynth',
+           'contact_sheet', 'draw_labels', 'browse', 'part_path', 'image_name', 'write_chunk', 'start_worker',
+           'run_chunk', 'read_lines', 'chunks_to_do', 'close_split', 'claim_folder', 'default_workers', 'run_jobs',
+           'write_dataset', 'find_preset', 'main']
 
 # %% ../nbs/02_synth.ipynb #1de0122e
 import hashlib
@@ -900,6 +901,46 @@ def dashed(stamp):
     cv2.polylines(line, strokes, False, 255, int(stamp.rng.integers(1, 4)), cv2.LINE_AA, 6)
     stamp.blend(bright_tint(stamp.rng) if chance(stamp.rng, 0.7) else palette(stamp.rng, 1)[0], line * np.float32(stamp.dial(0.5, 1) / 255))
 
+# %% ../nbs/02_synth.ipynb #247a7d48
+def relief(stamp, sign=1):
+    "Light on one side of the edge, shade on the other."
+    soft = cv2.GaussianBlur(stamp.mask, (0, 0), stamp.side * stamp.rng.uniform(0.015, 0.04))
+    slope = cv2.Sobel(soft, cv2.CV_32F, 1, 0) + cv2.Sobel(soft, cv2.CV_32F, 0, 1)
+    slope *= stamp.mask * (sign * stamp.dial(0.4, 0.9) / max(float(np.abs(slope).max()), 1e-6))
+    stamp.blend(255.0, np.maximum(slope, 0)); stamp.blend(0.0, np.maximum(-slope, 0))
+
+@register(GAP_STYLES)
+def embossed(stamp):
+    "Raised or sunk, and otherwise as it was."
+    relief(stamp, stamp.rng.choice([-1, 1]))
+
+@register(GAP_STYLES)
+def recolored(stamp):
+    "Its colours exchanged, perhaps shaded."
+    orders = [[1, 2, 0], [2, 0, 1], [1, 0, 2], [2, 1, 0], [0, 2, 1]]
+    stamp.blend(stamp.before[..., orders[int(stamp.rng.integers(5))]], stamp.mask * stamp.dial(0.6, 1))
+    stamp.blend(255.0 * chance(stamp.rng, 0.5), stamp.mask * stamp.dial(0, 0.25))
+
+@register(GAP_STYLES)
+def displaced(stamp):
+    "The picture moved by some px, in a thin frame."
+    right, down = (stamp.rng.choice([-1, 1], 2) * max(2, stamp.side * stamp.rng.uniform(0.05, 0.15))).astype(int)
+    stamp.blend(np.roll(stamp.before, (down, right), (0, 1)), stamp.mask)
+    stamp.blend(255.0 * chance(stamp.rng, 0.5), stamp.line(stamp.rng.uniform(1, 2)) * stamp.dial(0.1, 0.7))
+
+@register(GAP_STYLES)
+def posterized(stamp):
+    "In two to five levels of each colour."
+    step = np.float32(256 / stamp.rng.integers(2, 6))
+    stamp.blend(np.floor(stamp.before / step) * step + step / 2, stamp.mask * stamp.dial(0.6, 1))
+
+@register(GAP_STYLES)
+def ringed(stamp):
+    "Rings, one in the other, that follow the edge."
+    period = stamp.side * stamp.rng.uniform(0.05, 0.12)
+    rings = np.maximum(stamp.depth, 0) % period < period / 2
+    stamp.blend(255.0 * chance(stamp.rng, 0.6), stamp.mask * rings * stamp.dial(0.3, 0.8))
+
 # %% ../nbs/02_synth.ipynb #6f0361d6
 def hollow_out(
     stamp: Stamp,
@@ -1049,11 +1090,29 @@ def translucent_(stamp):
 def bevel(stamp):
     "Raised: light on one side of the edge, shade on the other."
     if chance(stamp.rng, 0.5): drop_shadow(stamp)
-    lay(stamp)
-    soft = cv2.GaussianBlur(stamp.mask, (0, 0), stamp.side * stamp.rng.uniform(0.015, 0.04))
-    slope = cv2.Sobel(soft, cv2.CV_32F, 1, 0) + cv2.Sobel(soft, cv2.CV_32F, 0, 1)
-    slope *= stamp.mask * (stamp.dial(0.4, 0.9) / max(float(np.abs(slope).max()), 1e-6))
-    stamp.blend(255.0, np.maximum(slope, 0)); stamp.blend(0.0, np.maximum(-slope, 0))
+    lay(stamp); relief(stamp)
+
+@register(SLIDER_STYLES)
+def tinted(stamp):
+    "In one hue: grey, brownish like an old photograph, or any light colour. Kept apart."
+    grey, brown = stamp.content @ np.array([0.299, 0.587, 0.114], np.float32), np.array([1.0, 0.85, 0.6])
+    tint = (np.ones(3), brown, bright_tint(stamp.rng) / 255)[int(stamp.rng.integers(3))]
+    lay(stamp); stamp.blend(grey[..., None] * tint.astype(np.float32), stamp.mask * stamp.dial(0.6, 1))
+
+@register(SLIDER_STYLES)
+def heavy_border(stamp):
+    "A thick line inside the edge, dark or of any colour. Kept apart."
+    width = stamp.side * stamp.rng.uniform(0.06, 0.12)
+    lay(stamp); stamp.blend(palette(stamp.rng, 1)[0] if chance(stamp.rng, 0.4) else stamp.rng.uniform(0, 60), stamp.line(width, width / 2) * stamp.dial(0.7, 1))
+
+@register(SLIDER_STYLES)
+def labelled(stamp):
+    "An arrow or a word on it, and a light line. Kept apart."
+    word, line = (">>", "<>", "GO", "MOVE")[int(stamp.rng.integers(4))], np.zeros(stamp.size, np.uint8)
+    (wide, tall), _ = cv2.getTextSize(word, cv2.FONT_HERSHEY_SIMPLEX, 1, 2)
+    size, (x, y) = 0.5 * stamp.side / wide, box_centre(stamp.outline)
+    cv2.putText(line, word, (int(x - size * wide / 2), int(y + size * tall / 2)), cv2.FONT_HERSHEY_SIMPLEX, size, 255, max(1, round(2 * size)), cv2.LINE_AA)
+    lay(stamp); stamp.blend(255.0 * chance(stamp.rng, 0.7), line * np.float32(stamp.dial(0.5, 1) / 255)); border(stamp, 255.0)
 
 # %% ../nbs/02_synth.ipynb #eff80a69
 def paint_slider(
@@ -1768,7 +1827,7 @@ def main(
     backgrounds: str = None,    # folder of photographs to draw on
     workers: int = None,        # processes; default: one for each core
     config: str = None,         # YAML file of a run, whose `synth` section is used
-    preset: str = None,         # easy, default, wide or hard: configs/synth_NAME.yaml
+    preset: str = None,         # easy, default, wide, hard or unseen: configs/synth_NAME.yaml
     set: Overrides = None,
 ):
     "Write a synthetic data set; the same command again goes on with one that was interrupted."

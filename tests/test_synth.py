@@ -54,7 +54,15 @@ def test_each_entry_alone(key, name):
         assert name in (sample.shape, *sample.styles.values()) and sample.image.dtype == np.uint8
 
 
-@pytest.mark.parametrize("name", ["easy", "default", "wide", "hard"])
+def test_what_is_kept_apart_is_never_trained_on():
+    "Styles for measuring have no weight in any configuration but the one that measures, and all of them have it there."
+    for file in sorted((ROOT / "configs").rglob("*.yaml")):
+        weights = (run := load_config(file).synth).gap_styles | run.slider_styles
+        drawn = {name for name in names.UNSEEN_STYLES if weights.get(name)}
+        assert drawn == (set(names.UNSEEN_STYLES) if file.stem == "synth_unseen" else set()), file
+
+
+@pytest.mark.parametrize("name", ["easy", "default", "wide", "hard", "unseen"])
 def test_presets(name):
     config = load_config(ROOT / "configs" / f"synth_{name}.yaml")
     flags = [CaptchaSynth(config.synth, 0).draw(i).flags for i in range(40)]
