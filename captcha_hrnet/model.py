@@ -787,8 +787,8 @@ def read_weights(
     except (KeyError, ValueError): return {}   # the caller says what is missing
 
 # %% ../nbs/04_model.ipynb #6b4267da
-SHIPPED = {'pretrained': '859911d5888718497281cc44845a23bd912159d66a0f62d2b0a61f4872b8808a',       # SHA-256
-           'pretrained-fast': 'ba6cd7a5b4561e30ba280a254c2a96547db3d5171fefd4816108965abc607920'}
+SHIPPED = {'pretrained': '5989a37052ed95eb9dd16fa08c6976a780e866a3db4eef7c81fed5f7c60d0978',       # SHA-256
+           'pretrained-fast': '9235b48f324fee62292bf0927d0913c63c227092b08b37c1e47f9b2815572965'}
 
 def shipped_weights(
     name: str,   # a key of `SHIPPED`
