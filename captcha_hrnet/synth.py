@@ -4,20 +4,17 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'PARTS', 'POINTS', 'FULL_TURN', 'SHAPES', 'KNOBS', 'BACKGROUNDS', 'PHOTO_SUFFIXES', 'VALIDATION_SHARE',
-           'PHOTO_MEMORY', 'GAP_STYLES', 'PATTERNS', 'SLIDER_STYLES', 'FACTORS', 'MAX_ANGLE', 'OVERLAID', 'ARCS',
-           'ARC_POINTS', 'CHUNK', 'QUICK_PNG', 'Streams', 'register', 'choose', 'chance', 'box_centre', 'unit',
-           'rotated', 'spaced', 'smoothed', 'to_cv2', 'coverage', 'polar', 'turn', 'jigsaw_outline', 'make_outline',
-           'palette', 'one_colour', 'colourised', 'random_bytes', 'fractal_noise', 'photo_key', 'read_photo',
-           'PhotoFolder', 'with_light', 'add_grey', 'Stamp', 'two_tints', 'across', 'solid', 'stripes', 'checks',
-           'dots', 'grain', 'patterned', 'dashed', 'relief', 'embossed', 'recolored', 'displaced', 'posterized',
-           'ringed', 'hollow_out', 'perlin_noise', 'add_perlin', 'add_highlight', 'brighten_edge', 'paint_gap',
-           'paint_slider', 'roll_factors', 'Plan', 'picture_sizes', 'lay_out_scene', 'free_place', 'other_row',
-           'place_pieces', 'likeness', 'decoy_outline', 'add_decoys', 'make_plan', 'points_in', 'thickness', 'lines',
-           'curves', 'specks', 'letters', 'button', 'add_clutter', 'scaled', 'out_of_focus', 'colour_shifted', 'noisy',
-           'jpeg', 'apply_camera', 'measure_visibility', 'Sample', 'flags_of', 'finish', 'CaptchaSynth',
-           'contact_sheet', 'draw_labels', 'browse', 'part_path', 'image_name', 'write_chunk', 'start_worker',
-           'run_chunk', 'read_lines', 'chunks_to_do', 'close_split', 'claim_folder', 'default_workers', 'run_jobs',
-           'write_dataset', 'find_preset', 'main']
+           'PHOTO_MEMORY', 'GAP_STYLES', 'SLIDER_STYLES', 'FACTORS', 'MAX_ANGLE', 'ARCS', 'ARC_POINTS', 'CHUNK',
+           'QUICK_PNG', 'Streams', 'register', 'choose', 'chance', 'box_centre', 'unit', 'rotated', 'spaced',
+           'smoothed', 'to_cv2', 'coverage', 'polar', 'turn', 'jigsaw_outline', 'make_outline', 'palette', 'one_colour',
+           'colourised', 'random_bytes', 'fractal_noise', 'photo_key', 'read_photo', 'PhotoFolder', 'with_light',
+           'add_grey', 'Stamp', 'hollow_out', 'perlin_noise', 'add_perlin', 'add_highlight', 'brighten_edge',
+           'paint_gap', 'paint_slider', 'roll_factors', 'Plan', 'picture_sizes', 'lay_out_scene', 'free_place',
+           'other_row', 'place_pieces', 'likeness', 'decoy_outline', 'add_decoys', 'make_plan', 'add_clutter', 'scaled',
+           'out_of_focus', 'colour_shifted', 'noisy', 'jpeg', 'apply_camera', 'measure_visibility', 'Sample',
+           'flags_of', 'finish', 'CaptchaSynth', 'contact_sheet', 'draw_labels', 'browse', 'part_path', 'image_name',
+           'write_chunk', 'start_worker', 'run_chunk', 'read_lines', 'chunks_to_do', 'close_split', 'claim_folder',
+           'default_workers', 'run_jobs', 'write_dataset', 'find_preset', 'main']
 
 # %% ../nbs/02_synth.ipynb #1de0122e
 import hashlib
@@ -1364,6 +1361,7 @@ def button(picture, strength, rng):
     else: cv2.rectangle(picture, (place[0] - radius, place[1] - radius), (place[0] + radius, place[1] + radius), face, -1)
     cv2.ellipse(picture, place, (radius // 2, radius // 2), rng.uniform(0, 360), 0, rng.uniform(90, 330), sign, 1 + radius // 8, cv2.LINE_AA)
 
+# %% ../nbs/02_synth.ipynb #3ff397e7
 def add_clutter(
     picture: np.ndarray,      # uint8 [H, W, 3]
     strength: float,          # 0..1
