@@ -109,13 +109,15 @@ def groups_of(
     index: np.ndarray,   # int [N], of the samples
     flags: dict,         # name -> bool [N], as `Predictions.flags`
     confidence: np.ndarray,   # [N]
-) -> dict:               # 'flag', 'width', 'shape', 'confidence' -> name -> bool [N]
+) -> dict:               # 'flag', 'width', 'shape', 'gap style', 'slider style', 'confidence' -> name -> bool [N]
     "The samples by what they have in common."
     plain_ones = ~np.any([*flags.values()], 0) if flags else np.zeros(len(index), bool)
     widths = np.array([dataset.labels.size(row)[0] for row in dataset.rows[index]])
-    shapes = np.array(label_values(dataset, 'shape'), object)[index]
-    by_shape = {name: np.array([shape == name for shape in shapes]) for name in sorted({shape for shape in shapes if isinstance(shape, str)})}
-    return dict(flag=({'no flag': plain_ones} if plain_ones.any() else {}) | flags, width=width_groups(widths), shape=by_shape, confidence=surest(confidence))
+    def labelled(key):
+        values = np.array(label_values(dataset, key), object)[index]
+        return {name: values == name for name in sorted({value for value in values if isinstance(value, str)})}
+    kinds = {kind: labelled(kind.replace(' ', '_')) for kind in ('shape', 'gap style', 'slider style')}
+    return dict(flag=({'no flag': plain_ones} if plain_ones.any() else {}) | flags, width=width_groups(widths), **kinds, confidence=surest(confidence))
 
 def surest(
     confidence: np.ndarray,   # [N]: the score of an answer's less sure point
@@ -143,13 +145,13 @@ class Evaluation:
     name: str                  # of the model
     predictions: Predictions   # every sample's answer
     metrics: dict              # of `Validator.validate`, by_flag too
-    groups: dict               # 'flag', 'width', 'shape', 'confidence' -> name -> metrics
+    groups: dict               # 'flag', 'width', 'shape', 'gap style', 'slider style', 'confidence' -> name -> metrics
     rejected: list             # (line, reason) of the samples that were left out
     points: dict               # of `scored_points`: of all samples, also those that lack a gap or a slider piece
 
     def to_dict(self) -> dict:
         "Everything but the single answers, for JSON."
-        groups = {f'by_{kind}': values for kind, values in self.groups.items()}
+        groups = {f'by_{kind.replace(" ", "_")}': values for kind, values in self.groups.items()}
         return plain(dict(weights=self.name, **{key: value for key, value in self.metrics.items() if key not in ('epoch', 'by_flag')}, **groups, scores=score_metrics(self.points),
                           rejected=[dict(line=line, reason=reason) for line, reason in self.rejected]))
 

@@ -57,7 +57,7 @@ def test_captchas_that_lack_something_are_counted_apart(home, tmp_path, capsys):
     assert (result['n'], result['without_gaps'], result['without_sliders']) == (12 - incomplete, gapless, bare)
     assert [result['scores'][name]['n'] for name in ('gap', 'slider')] == [12, 12]      # a point that is not there counts as wrong
     report = json.loads((tmp_path / 'out/metrics.json').read_text())
-    assert sum(group['n'] for group in report['by_width'].values()) == sum(group['n'] for group in report['by_shape'].values()) == 12 - incomplete
+    for kind in ('width', 'shape', 'gap_style', 'slider_style'): assert sum(group['n'] for group in report[f'by_{kind}'].values()) == 12 - incomplete
     assert f'Of the {gapless} captchas without a gap, {result["false_gaps"]:.1f} % are said to have one.' in (tmp_path / 'out/report.html').read_text()
 
 
@@ -299,7 +299,7 @@ def test_command_line(home, tmp_path):
     assert done.returncode == 0, done.stderr
     said, saved = json.loads(done.stdout.splitlines()[-1]), json.loads((tmp_path / 'new/out/metrics.json').read_text())
     assert said == saved and said['n'] == 8 and said['interval']['hit_le_5px'][0] <= said['hit_le_5px'] <= said['interval']['hit_le_5px'][1]
-    assert sum(group['n'] for group in said['by_width'].values()) == sum(group['n'] for group in said['by_shape'].values()) == 8
+    for kind in ('width', 'shape', 'gap_style', 'slider_style'): assert sum(group['n'] for group in said[f'by_{kind}'].values()) == 8
     assert said['difference']['mae_px']['difference'] == pytest.approx(said['compare']['mae_px'] - said['mae_px'])
     assert said['weights'] == '0.pth' and said['compare']['weights'] == '1.pth' and said['rejected'] == []
 
