@@ -867,16 +867,24 @@ def solid(stamp):
 PATTERNS = {}   # name -> function(u, v, rng) -> float32 [h, w], 0..1; u and v are coordinates in periods
 
 @register(PATTERNS)
-def stripes(u, v, rng): return u % 1 < rng.uniform(0.25, 0.75)
+def stripes(u, v, rng):
+    "Across `u`, a quarter to three quarters of the period wide."
+    return u % 1 < rng.uniform(0.25, 0.75)
 
 @register(PATTERNS)
-def checks(u, v, rng): return (np.floor(u) + np.floor(v)) % 2
+def checks(u, v, rng):
+    "Squares of one period."
+    return (np.floor(u) + np.floor(v)) % 2
 
 @register(PATTERNS)
-def dots(u, v, rng): return (u % 1 - 0.5) ** 2 + (v % 1 - 0.5) ** 2 < rng.uniform(0.2, 0.45) ** 2
+def dots(u, v, rng):
+    "One in each square."
+    return (u % 1 - 0.5) ** 2 + (v % 1 - 0.5) ** 2 < rng.uniform(0.2, 0.45) ** 2
 
 @register(PATTERNS)
-def grain(u, v, rng): return random_bytes(rng, *u.shape) / 255
+def grain(u, v, rng):
+    "Each pixel of its own."
+    return random_bytes(rng, *u.shape) / 255
 
 @register(GAP_STYLES)
 def patterned(stamp):
@@ -1345,9 +1353,11 @@ def specks(picture, strength, rng):
 def letters(picture, strength, rng):
     "A watermark: a word or two."
     tint, size = (255.0,) * 3 if chance(rng, 0.5) else palette(rng, 1)[0].tolist(), picture.shape[0] / 300 * rng.uniform(0.5, 1 + 2 * strength)
-    for place in points_in(picture, rng, 4)[:1 + int(3 * strength * rng.random())].tolist():
-        word = "".join(map(chr, rng.integers(48, 123, int(rng.integers(3, 12)))))
-        cv2.putText(picture, word, place, int(rng.integers(8)), size, tint, thickness(picture, strength, rng), cv2.LINE_AA)
+    for x, y in points_in(picture, rng, 4)[:1 + int(3 * strength * rng.random())].tolist():
+        word, font = "".join(map(chr, rng.integers(48, 123, int(rng.integers(3, 12))))), int(rng.integers(8))
+        (wide, tall), _ = cv2.getTextSize("X", font, size, 1)
+        place = min(x, picture.shape[1] - wide), max(y, tall)          # its first letter can be seen
+        cv2.putText(picture, word, place, font, size, tint, thickness(picture, strength, rng), cv2.LINE_AA)
 
 @register(OVERLAID)
 def button(picture, strength, rng):

@@ -258,9 +258,10 @@ def test_clutter_changes_the_picture_alone(index, strength, kind):
     visible = ("visibility", "slider_visibility", "has_clutter")
     assert {k: v for k, v in a.record("x").items() if k not in visible} == {k: v for k, v in b.record("x").items() if k not in visible}
     assert a.flags["has_clutter"] and not b.flags["has_clutter"] and (a.image != b.image).any()
-    picture = np.full((60, 120, 3), 128, np.uint8)
+    grainy = np.random.default_rng(0).integers(0, 256, (60, 120, 3), dtype=np.uint8)   # on which every colour shows
+    picture = grainy.copy()
     synth.OVERLAID[kind](picture, strength, np.random.default_rng(index))
-    assert (picture != 128).any()
+    assert (picture != grainy).any()
     before = b.image.copy()
     assert synth.add_clutter(b.image, strength, np.random.default_rng(index)) is not b.image and (b.image == before).all()
 
