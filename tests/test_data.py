@@ -447,7 +447,7 @@ def test_training_and_validation_share_nothing():
 @given(length=st.integers(1, 60), batch=st.integers(1, 7), world=st.integers(1, 4), epoch=st.integers(0, 5), passes=st.integers(1, 3))
 @QUICK
 def test_an_epoch_of_several_passes(length, batch, world, epoch, passes):
-    "Pass by pass the orders of so many epochs of one, cut into batches all over; all processes together see each sample so often."
+    "Pass by pass the orders of so many epochs of one, cut into batches across their ends; each sample comes once in each."
     if length * passes < batch * world: return
     several, single = TrainBatches(length, batch, 1, False, 0, world, passes), TrainBatches(length, 1, 1, False)
     several.set_position(epoch)
