@@ -192,11 +192,12 @@ BACKGROUNDS = ("gradient", "noise", "texture", "blobs", "leaves", "cells", "text
                "mixture", "photo")
 SHAPES = ("jigsaw", "circle", "square", "rounded", "triangle", "polygon", "star", "blob", "heart", "cross", "flower", "drop", "notched")
 GAP_STYLES = ("dark", "light", "white", "translucent", "outlined", "inner_shadow", "outer_shadow", "blurred", "frosted",
-              "desaturated", "own_texture", "solid", "patterned", "dashed", "embossed", "recolored", "displaced", "posterized", "ringed")
-SLIDER_STYLES = ("plain", "white_border", "color_border", "shadow", "glow", "bright", "translucent", "bevel", "tinted", "heavy_border",
-                 "labelled")
+              "desaturated", "own_texture", "solid", "patterned", "dashed", "composed",
+              "embossed", "recolored", "displaced", "posterized", "ringed")
+SLIDER_STYLES = ("plain", "white_border", "color_border", "shadow", "glow", "bright", "translucent", "bevel", "composed", "tinted",
+                 "heavy_border", "labelled")
 UNSEEN_STYLES = ("embossed", "recolored", "displaced", "posterized", "ringed", "tinted", "heavy_border", "labelled")   # for measuring: never train on them
-RARE_STYLES = ("solid", "patterned", "dashed", *UNSEEN_STYLES)   # drawn where a mixture asks for them
+RARE_STYLES = ("solid", "patterned", "dashed", "composed", *UNSEEN_STYLES)   # drawn where a mixture asks for them
 CONFUSIONS = ("rotation", "noise", "highlight", "decoy", "hollow", "bright_edge")
 CAMERA_EFFECTS = ("jpeg", "resize", "blur", "color_shift", "sensor_noise")
 LAYOUTS = ("strip", "row_offset", "overlap")

@@ -906,6 +906,88 @@ def dashed(stamp):
     cv2.polylines(line, strokes, False, 255, int(stamp.rng.integers(1, 4)), cv2.LINE_AA, 6)
     stamp.blend(bright_tint(stamp.rng) if chance(stamp.rng, 0.7) else palette(stamp.rng, 1)[0], line * np.float32(stamp.dial(0.5, 1) / 255))
 
+# %% ../nbs/02_synth.ipynb #2199eb3e
+FILLS = {}   # name -> function(stamp): what the inside becomes, from `stamp.patch`: float32 [h, w, 3], 0..255, a colour or a grey level
+EDGES = {}   # name -> function(stamp): (what, mask float32 [h, w]) to blend along the edge
+
+@register(FILLS)
+def toned(stamp):
+    "Another brightness, contrast and gamma."
+    gamma, gain, lift = stamp.rng.uniform((-1.5, 0.3, -0.3), (1.5, 1.3, 0.4))
+    return np.clip((np.clip(stamp.patch, 0, 255) / 255) ** np.float32(2 ** gamma) * np.float32(gain * 255) + np.float32(lift * 255), 0, 255)
+
+@register(FILLS)
+def saturated(stamp):
+    "More or less colourful."
+    grey = stamp.patch @ np.array([0.299, 0.587, 0.114], np.float32)
+    return np.clip(grey[..., None] + (stamp.patch - grey[..., None]) * np.float32(stamp.rng.uniform(0.4, 2.5)), 0, 255)
+
+@register(FILLS)
+def softened(stamp):
+    "Blurred."
+    return cv2.GaussianBlur(stamp.patch, (0, 0), 0.6 + stamp.side * stamp.rng.uniform(0, 0.08))
+
+@register(FILLS)
+def covered(stamp):
+    "One colour or grey."
+    return two_tints(stamp)[0]
+
+@register(FILLS)
+def graded(stamp):
+    "A run from one colour to another."
+    (first, second), u = two_tints(stamp), across(stamp)[0]
+    run = np.clip((u - u.min()) / max(float(np.ptp(u)), 1e-6), 0, 1)[..., None]
+    return (first + (second - first) * run).astype(np.float32)
+
+@register(FILLS)
+def woven(stamp):
+    "A pattern."
+    (first, second), (u, v) = two_tints(stamp), across(stamp)
+    period = max(stamp.side * stamp.rng.uniform(0.05, 0.3), 3.0)   # px
+    wave = PATTERNS[choose(dict.fromkeys(PATTERNS, 1.0), stamp.rng)](u / period, v / period, stamp.rng)[..., None]
+    return (first + (second - first) * wave).astype(np.float32)
+
+@register(FILLS)
+def clouded(stamp):
+    "Perlin noise."
+    return cv2.merge([perlin_noise(stamp.rng, *stamp.size, stamp.side * stamp.rng.uniform(0.1, 0.6)).astype(np.float32)] * 3)
+
+@register(EDGES)
+def stroke(stamp):
+    "A line on, inside or outside of the edge."
+    width = stamp.rng.uniform(0.7, 2.5)   # px
+    return two_tints(stamp)[0], stamp.line(width, stamp.rng.uniform(-width, 2 * width))
+
+@register(EDGES)
+def double(stamp):
+    "Two lines."
+    width, apart = stamp.rng.uniform(0.7, 2), stamp.rng.uniform(1, 4)
+    return two_tints(stamp)[0], np.maximum(stamp.line(width, -apart), stamp.line(width, apart))
+
+@register(EDGES)
+def inside(stamp):
+    "A glow or a shade inside."
+    return two_tints(stamp)[0], stamp.mask * np.exp(-np.maximum(stamp.depth, 0) / (stamp.side * stamp.rng.uniform(0.02, 0.15)))
+
+@register(EDGES)
+def outside(stamp):
+    "A glow or a shade outside."
+    spread, shift = stamp.side * stamp.rng.uniform(0.01, 0.09), stamp.rng.uniform(-0.06, 0.06, 2) * stamp.side * chance(stamp.rng, 0.5)
+    return two_tints(stamp)[0], np.minimum(stamp.shadow(spread, shift) * 1.5, 1) * (1 - stamp.mask)
+
+def compose(stamp, fills, edges, weak, strong):
+    "So many fills, each from `weak` to `strong` (0..1), and so many edges, in random order."
+    soft = stamp.shadow(stamp.side * stamp.rng.uniform(0.005, 0.04)) if chance(stamp.rng, 0.2) else stamp.mask
+    for name in stamp.rng.permutation(list(FILLS))[:fills]: stamp.blend(FILLS[name](stamp), soft * stamp.dial(weak, strong))
+    for name in stamp.rng.permutation(list(EDGES))[:edges]:
+        what, where = EDGES[name](stamp)
+        stamp.blend(what, where * stamp.dial(0.2, 1))
+
+@register(GAP_STYLES)
+def composed(stamp):
+    "One to three fills and up to two edges."
+    compose(stamp, int(stamp.rng.integers(1, 4)), int(stamp.rng.integers(0, 3)), 0.15, 1)
+
 # %% ../nbs/02_synth.ipynb #247a7d48
 def relief(stamp, sign=1):
     "Light on one side of the edge, shade on the other."
@@ -1096,6 +1178,13 @@ def bevel(stamp):
     "Raised: light on one side of the edge, shade on the other."
     if chance(stamp.rng, 0.5): drop_shadow(stamp)
     lay(stamp); relief(stamp)
+
+@register(SLIDER_STYLES)
+def composed_(stamp):
+    "Up to two fills that leave the content to be seen, and up to two edges."
+    if chance(stamp.rng, 0.3): drop_shadow(stamp)
+    lay(stamp)
+    compose(stamp, int(stamp.rng.integers(0, 3)), int(stamp.rng.integers(0, 3)), 0.05, 0.5)
 
 @register(SLIDER_STYLES)
 def tinted(stamp):
