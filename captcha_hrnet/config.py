@@ -292,6 +292,7 @@ class ModelConfig(Section):
     decode: Literal["offset", "soft_argmax", "dark"] = "offset"   # how a peak becomes a sub-pixel point
     top_k: Annotated[int, Field(ge=1, le=100)] = 5   # candidates of each point
     same_row: bool = False                        # prefer gap and slider pairs whose y agree
+    slider_left: bool = False                     # the slider piece always lies left of the gap: no other pair is considered
     reranking: bool = False                       # look at likely pairs of gap and slider piece again (train_reranking)
     registration: bool = False                    # correct their distance by laying the slider piece's edges over the gap's
     weights: Text | None = None                # backbone checkpoint to start from; null: random

@@ -577,6 +577,7 @@ def main(
     batch_size: Param('pictures at once', int) = 32,
     workers: Param('processes that load pictures; 0: none', int) = 0,
     resamples: Param('of the bootstrap and the permutation test; 0: no intervals', int) = 1000,
+    slider_left: Param('the slider piece always lies left of the gap: no other pair is considered', bool) = False,
     calibrate: Param('weights file (.safetensors) to write: the same network, its scores fitted on these captchas, which should be no test set, to be probabilities', str) = None,
 ):
     "Measure a checkpoint on labelled captchas; the last line is one JSON object with every metric."
@@ -585,6 +586,7 @@ def main(
     if calibrate: _may_be_written(calibrate, compare)
     paths, at = [path for path in (weights, compare) if path], pick_device(device, 'command line')
     models = [load_model(path, at) for path in paths]
+    for model in models: model.decode_options['slider_left'] |= slider_left
     if calibrate: models[0].load_state_dict(halved(models[0].state_dict()))   # what is fitted is what the file holds
     if out: make_folder(Path(out), 'out', 'command line')
     logging.basicConfig(format='%(message)s')

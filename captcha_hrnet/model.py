@@ -478,6 +478,7 @@ class CaptchaKeypointNet(nn.Module):
         decode: str = 'offset',         # 'offset', 'soft_argmax' or 'dark'
         top_k: int = 5,                 # candidates
         same_row: bool = False,         # prefer pairs of candidates whose y agree
+        slider_left: bool = False,      # only pairs whose slider piece lies left of the gap
         reranking: bool = False,            # look at likely pairs of gap and slider piece and their outline again, both places at once
         registration: bool = False,         # correct their distance by laying the slider piece's edges over the gap's
         context: str = 'none',          # 'stride16' or 'stride32': the branch whose places know of each other
@@ -493,7 +494,7 @@ class CaptchaKeypointNet(nn.Module):
         self.codec = HeatmapCodec(stride=4)
         self.register_buffer('calibration', UNCALIBRATED.clone())
         self.pair_net = PairNet().requires_grad_(False) if reranking else None   # trained on its own, of a detector that is done
-        self.decode_options = dict(decode=decode, top_k=top_k, same_row=same_row, registration=registration)
+        self.decode_options = dict(decode=decode, top_k=top_k, same_row=same_row, slider_left=slider_left, registration=registration)
 
     def forward(self,
         image: Tensor,           # [B, 4, H, W], uint8 or float in [0, 1]; H and W multiples of 32
@@ -627,11 +628,13 @@ def best_pair(
     slider_xy_px: Tensor,   # [B, K, 2]
     apart_px: float = 0.,   # how near to each other a pair may not lie, px
     row_sigma_px: float = torch.inf,   # how far apart in y a pair may lie, px
+    slider_left: bool = False,         # only pairs whose slider piece lies left of the gap
 ) -> tuple[Tensor, Tensor]: # int64 [B], [B]: which gap, which slider
-    "The pair with the highest product of scores and a Gaussian in the difference of y; the first of each if all are too near."
+    "The pair with the highest product of scores and a Gaussian in the difference of y; the first of each if none may be one."
     difference = gap_xy_px[:, :, None] - slider_xy_px[:, None]
     together = gap_scores[:, :, None] * slider_scores[:, None] * torch.exp(-difference[..., 1]**2 / (2*row_sigma_px**2))
     together = together * (difference.square().sum(-1) >= apart_px**2)
+    if slider_left: together = together * (difference[..., 0] > 0)
     best = together.flatten(1).argmax(1)
     return best // slider_scores.shape[1], best % slider_scores.shape[1]
 
@@ -665,6 +668,7 @@ def candidate_pairs(
     decode: str = 'offset',      # 'offset', 'soft_argmax' or 'dark'
     top_k: int = 5,              # peaks of each map; each may be either
     same_row: bool = False,      # prefer pairs whose y agree
+    slider_left: bool = False,   # only pairs whose slider piece lies left of the gap
     count: int = PAIRS,          # pairs of a picture
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # gaps, sliders [B, count, 2] input px; logits [B, count], falling, -inf where there is none; [B, count, 2] those of each gap and slider piece alone
     "The likeliest pairs of a gap and a slider piece among the peaks of both maps: what is a peak of one may be the other."
@@ -683,6 +687,7 @@ def candidate_pairs(
     difference = gaps[:, :, None] - sliders[:, None]
     together = gap_logits[:, :, None] + slider_logits[:, None]
     if same_row: together = together - difference[..., 1]**2/(2*ROW_SIGMA_PX**2)
+    if slider_left: together = together.masked_fill(difference[..., 0] <= 0, -torch.inf)
     again = torch.cat([torch.zeros_like(again), again], 1)
     together = together.masked_fill((difference.square().sum(-1) < APART_PX**2) | again[:, :, None] | again[:, None], -torch.inf)
     logits, best = together.flatten(1).topk(min(count, K*K))
@@ -696,6 +701,7 @@ def decode_outputs(
     decode: str = 'offset',      # 'offset', 'soft_argmax' or 'dark'
     top_k: int = 5,              # candidates
     same_row: bool = False,      # prefer pairs of candidates whose y agree
+    slider_left: bool = False,   # only pairs whose slider piece lies left of the gap
     reranking: PairNet | None = None,     # looks at likely pairs and their outline again, where `outputs` hold the image
     registration: bool = False,           # correct the distance, likewise
     calibration: Tensor = UNCALIBRATED,   # [2, 2] gap, slider: slope and intercept
@@ -706,12 +712,12 @@ def decode_outputs(
     slider_logits, sliders = decode_points(outputs['slider_heatmap'], offsets[:, 2:4], valid, codec, decode, top_k)
     looks = reranking is not None and 'image' in outputs
     if looks:
-        *pairs, logits, alone = candidate_pairs(outputs, codec, decode, top_k, same_row)
+        *pairs, logits, alone = candidate_pairs(outputs, codec, decode, top_k, same_row, slider_left)
         judged = judged_pairs(reranking, outputs['image'], *pairs, logits)
         best = judged.argmax(1)
         points = [picked(each, best[:, None])[:, 0] for each in pairs]
     else:
-        gap, slider = best_pair(gap_logits.sigmoid(), gaps, slider_logits.sigmoid(), sliders, APART_PX, ROW_SIGMA_PX if same_row else torch.inf)
+        gap, slider = best_pair(gap_logits.sigmoid(), gaps, slider_logits.sigmoid(), sliders, APART_PX, ROW_SIGMA_PX if same_row else torch.inf, slider_left)
         points = [picked(each, best[:, None])[:, 0] for each, best in ((gaps, gap), (sliders, slider))]
     if registration and 'image' in outputs: points = registered(outputs['image'], *points)
     if looks:
@@ -736,7 +742,7 @@ def decode_outputs(
 @torch.no_grad()
 def decode_predictions(self: CaptchaKeypointNet,
     outputs: dict[str, Tensor],  # of `forward`
-    **options,                   # `decode`, `top_k`, `same_row`, `reranking`, `registration`, in place of the model's own
+    **options,                   # `decode`, `top_k`, `same_row`, `slider_left`, `reranking`, `registration`, in place of the model's own
 ) -> dict[str, Tensor]:          # gap_coords, slider_coords [B, 2] input px; gap_score, slider_score [B]; *_candidates, *_candidate_scores
     "The two points of each picture, their scores in [0, 1] (probabilities, once calibrated) and the runners-up."
     with full_precision(outputs['offsets'].device.type):
@@ -787,8 +793,8 @@ def read_weights(
     except (KeyError, ValueError): return {}   # the caller says what is missing
 
 # %% ../nbs/04_model.ipynb #6b4267da
-SHIPPED = {'pretrained': '5989a37052ed95eb9dd16fa08c6976a780e866a3db4eef7c81fed5f7c60d0978',       # SHA-256
-           'pretrained-fast': '9235b48f324fee62292bf0927d0913c63c227092b08b37c1e47f9b2815572965'}
+SHIPPED = {'pretrained': '080e6cdae128b66f5688b7f91776648692038830ef0c3e5f9e7ebdbc029cf915',       # SHA-256
+           'pretrained-fast': '5036a2c13593a39cb8bf2f3e0662e7faeb40658173b05c9525198e8fe5ce1cbc'}
 
 def shipped_weights(
     name: str,   # a key of `SHIPPED`

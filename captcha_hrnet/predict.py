@@ -174,6 +174,7 @@ class Predictor:
         threshold: float | None = None,   # in [0, 1]: a point with a lower score is none; None: 0.5 of a calibrated network, 0.1 of any other
         batch_size: int = 32,     # pictures that the network sees at once, ≥ 1
         flip: bool = False,       # average with the picture upside down: twice the time
+        slider_left: bool = False,   # the slider piece always lies left of the gap: no other pair is considered
     ):
         if threshold is not None and not 0 <= threshold <= 1: raise UserError(f'threshold: value {threshold}: must be in [0, 1]')
         if batch_size < 1: raise UserError(f'batch_size: value {batch_size}: must be 1 or more')
@@ -181,6 +182,7 @@ class Predictor:
         self.model = weights.to(self.device).eval() if isinstance(weights, nn.Module) else load_model(weights, self.device)
         self.size, self.batch_size, self.flip = input_size(self.model), batch_size, flip
         self.threshold = none_below(self.model) if threshold is None else threshold
+        self.known = dict(slider_left=True) if slider_left else {}   # otherwise as the network decodes
 
     def __call__(self,
         image,               # path, bytes, PIL image or array; a list of them, a folder or a pattern gives a list of answers
@@ -220,7 +222,7 @@ def _answer(self: Predictor, waiting: list):
     try: outputs = outputs_of(self.model, images.to(self.device), self.flip)
     except torch.OutOfMemoryError: raise UserError(f'out of memory: a smaller batch size than {self.batch_size} may fit') from None
     sound = torch.stack([outputs[name].flatten(1).isfinite().all(1) for name in ('gap_heatmap', 'slider_heatmap', 'offsets')]).all(0)
-    found = {name: value.cpu() for name, value in (self.model.decode_predictions(outputs) | dict(sound=sound)).items()}
+    found = {name: value.cpu() for name, value in (self.model.decode_predictions(outputs, **self.known) | dict(sound=sound)).items()}
     for row, (prediction, box) in enumerate(zip(waiting, boxes)): self._fill(prediction, box, {name: value[row] for name, value in found.items()})
 
 def _fill(self: Predictor, prediction: Prediction, box: Tensor, found: dict):
@@ -247,10 +249,11 @@ def main(
     threshold: Param('a point with a lower score is none, 0 to 1 (default: 0.5 of a calibrated network, 0.1 of any other)', float) = None,
     batch_size: Param('pictures at once', int) = 32,
     flip: Param('average with the picture upside down: twice the time', bool) = False,
+    slider_left: Param('the slider piece always lies left of the gap: no other pair is considered', bool) = False,
     device: Param('auto, cpu, cuda, cuda:N or mps', str) = 'auto',
 ):
     "Find gap and slider in pictures: one JSON line each."
-    predictor, found, failed = Predictor(weights, device, threshold, batch_size, flip), find_images(images), 0
+    predictor, found, failed = Predictor(weights, device, threshold, batch_size, flip, slider_left), find_images(images), 0
     if out: make_folder(Path(out), '--out', 'predict')
     for number, answer in enumerate(predictor.stream(found)):
         line = answer.to_dict()

@@ -38,7 +38,7 @@ def likely_pairs(
     **options,                   # `count`, in place of its default
 ) -> tuple[Tensor, Tensor, Tensor]:  # as of `candidate_pairs`, without what each is alone
     "The pairs that the detector finds likeliest, decoded as it decodes."
-    return candidate_pairs((asked or model)(image), model.codec, **{key: model.decode_options[key] for key in ('decode', 'top_k', 'same_row')}, **options)[:3]
+    return candidate_pairs((asked or model)(image), model.codec, **{key: model.decode_options[key] for key in ('decode', 'top_k', 'same_row', 'slider_left')}, **options)[:3]
 
 # %% ../nbs/09_train_reranking.ipynb #2744fde0
 def by_kernels(

@@ -304,6 +304,14 @@ def test_command_line(home, tmp_path):
     assert said['weights'] == '0.pth' and said['compare']['weights'] == '1.pth' and said['rejected'] == []
 
 
+def test_what_is_known_of_the_slider_is_told_here_or_in_the_configuration(home, tmp_path, capsys):
+    configured, said = checkpoint(tmp_path / 'left.pth', 1, SMALL.override('model.slider_left=true')), []
+    for arguments in ([home / '1.pth'], [home / '1.pth', '--slider_left'], [configured]):
+        assert run('--data', home / 'data', '--weights', *arguments) == 0
+        said.append({key: value for key, value in json.loads(capsys.readouterr().out.splitlines()[-1]).items() if key != 'weights'})
+    assert said[1] == said[2] != said[0]
+
+
 def test_coco_gives_the_same_numbers(home, capsys):
     said = []
     for data in (['--data', home / 'data'], ['--data', home / 'coco.json', '--images', home / 'data/val']):

@@ -13,7 +13,7 @@ from captcha_hrnet import model as model_module
 from captcha_hrnet.config import Config, UserError, load_config
 from captcha_hrnet.geometry import HeatmapCodec
 from captcha_hrnet.model import (BACKBONES, SHIPPED, CaptchaKeypointNet, Context, ContextLayer, CrossResolutionWeighting, LiteFPN, backbone_tensors,
-                                 best_pair, channel_shuffle, create_backbone, create_lite_hrnet_18_fpn, dark_offset, load_model, model_table,
+                                 best_pair, candidate_pairs, channel_shuffle, create_backbone, create_lite_hrnet_18_fpn, dark_offset, load_model, model_table,
                                  place_codes, save_weights, shipped_weights)
 from captcha_hrnet.predict import Predictor
 from captcha_hrnet.synth import CaptchaSynth, find_preset
@@ -345,6 +345,23 @@ def test_padding_never_wins(net, seed, decode, same_row, top, left, height, widt
     logits, cell = net.codec.peaks(heats[0], valid, 1)
     assert valid[torch.arange(2), 0, cell[:, 0, 1], cell[:, 0, 0]].all()
     assert torch.equal(found['gap_candidate_scores'][:, 0], logits[:, 0].sigmoid())
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), decode=st.sampled_from(DECODERS), same_row=st.booleans())
+def test_a_slider_that_is_left_is_found_left(net, seed, decode, same_row):
+    "An answer that says so already stays, to the bit; with a second look, no other pair is looked at, and none of those is lost."
+    generator = torch.Generator().manual_seed(seed)
+    outputs = outputs_of(*[3*torch.randn(32, 1, 8, 16, generator=generator) for _ in range(2)])
+    free, told = (net.decode_predictions(outputs, decode=decode, same_row=same_row, top_k=40, slider_left=left) for left in (False, True))
+    already = free['slider_coords'][:, 0] < free['gap_coords'][:, 0]
+    assert (told['slider_coords'][:, 0] < told['gap_coords'][:, 0]).all() and already.any() and not already.all()
+    assert all(torch.equal(told[name][already], free[name][already]) for name in told)
+    (free_gaps, free_sliders, free_logits, _), (gaps, sliders, logits, _) = (
+        candidate_pairs(outputs, net.codec, decode, 5, same_row, left, count=100) for left in (False, True))
+    assert (sliders[..., 0] < gaps[..., 0])[logits.isfinite()].all()
+    left = (free_sliders[..., 0] < free_gaps[..., 0]) & free_logits.isfinite()
+    assert torch.equal(logits[logits.isfinite()], free_logits[left])
 
 
 @settings(max_examples=40, deadline=None)

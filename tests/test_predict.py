@@ -129,6 +129,13 @@ def test_flip_averaging_is_equivariant(model):
     assert plain(np.ascontiguousarray(picture[::-1])).gap != pytest.approx((plain(picture).gap[0], H - plain(picture).gap[1]), abs=1e-3)
 
 
+def test_a_slider_that_is_known_to_be_left(model):
+    pictures = [noise(W, H, seed) for seed in range(24)]
+    free, told = (Predictor(model, 'cpu', 0., slider_left=left)(pictures) for left in (False, True))
+    assert all(answer.slider[0] < answer.gap[0] for answer in told) and not all(answer.slider[0] < answer.gap[0] for answer in free)
+    assert all(b.gap == a.gap and b.slider == a.slider for a, b in zip(free, told) if a.slider[0] < a.gap[0])
+
+
 @given(threshold=st.floats(0, 1))
 @settings(max_examples=20)
 def test_below_the_threshold_is_none(model, threshold):

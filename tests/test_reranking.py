@@ -212,7 +212,7 @@ class Blind(torch.nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.codec, self.pair_net, self.decode_options = CODEC, PairNet(), dict(decode='offset', top_k=5, same_row=False, registration=False)
+        self.codec, self.pair_net, self.decode_options = CODEC, PairNet(), dict(decode='offset', top_k=5, same_row=False, slider_left=False, registration=False)
         self.register_buffer('calibration', torch.ones(2, 2))
 
     decode_predictions = CaptchaKeypointNet.decode_predictions

@@ -20,7 +20,7 @@ class Toy(nn.Module):
         gap, slider, offsets = self.head(self.body(image)).split([1, 1, 4], 1)
         return dict(gap_heatmap=gap, slider_heatmap=slider, offsets=offsets, valid=image[:, 3:, ::4, ::4] > 0)
 
-    def decode_predictions(self, outputs): return decode_outputs(outputs, HeatmapCodec())
+    def decode_predictions(self, outputs, **options): return decode_outputs(outputs, HeatmapCodec(), **options)
 
 
 class Loader:
