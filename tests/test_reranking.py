@@ -84,7 +84,7 @@ def test_views(seed, places, channels):
     gap, slider = torch.tensor(places).view(len(places), 2, 4).transpose(0, 1).split(2, 2)   # [2, P, 2]
     views = pair_views(image, gap, slider)
     whole = image if channels > 3 else torch.cat([image, torch.ones(2, 1, 64, 96)], 1)
-    black = torch.nn.functional.pad(whole, [RADIUS]*4)
+    black = torch.nn.functional.pad(whole*(whole[:, 3:] > 0), [RADIUS]*4)   # a random mask may be 0 anywhere
     for k, points in enumerate((slider, gap)):
         for n, (x, y) in enumerate(points.flatten(0, 1).floor().long().tolist()):
             x, y = min(max(x, 0), 95), min(max(y, 0), 63)
