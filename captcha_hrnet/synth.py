@@ -907,7 +907,7 @@ def dashed(stamp):
     stamp.blend(bright_tint(stamp.rng) if chance(stamp.rng, 0.7) else palette(stamp.rng, 1)[0], line * np.float32(stamp.dial(0.5, 1) / 255))
 
 # %% ../nbs/02_synth.ipynb #2199eb3e
-FILLS = {}   # name -> function(stamp): what the inside becomes, from `stamp.patch`: float32 [h, w, 3], 0..255, a colour or a grey level
+FILLS = {}   # name -> function(stamp): what the inside becomes, perhaps from `stamp.patch`: float32 [h, w, 3] or a colour [3], 0..255
 EDGES = {}   # name -> function(stamp): (what, mask float32 [h, w]) to blend along the edge
 
 @register(FILLS)
@@ -976,7 +976,7 @@ def outside(stamp):
     return two_tints(stamp)[0], np.minimum(stamp.shadow(spread, shift) * 1.5, 1) * (1 - stamp.mask)
 
 def compose(stamp, fills, edges, weak, strong):
-    "So many fills, each from `weak` to `strong` (0..1), and so many edges, in random order."
+    "So many fills, each from `weak` to `strong` (0..1), then so many edges, all chosen at random."
     soft = stamp.shadow(stamp.side * stamp.rng.uniform(0.005, 0.04)) if chance(stamp.rng, 0.2) else stamp.mask
     for name in stamp.rng.permutation(list(FILLS))[:fills]: stamp.blend(FILLS[name](stamp), soft * stamp.dial(weak, strong))
     for name in stamp.rng.permutation(list(EDGES))[:edges]:
