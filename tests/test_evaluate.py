@@ -308,7 +308,9 @@ def test_what_is_known_of_the_slider_is_told_here_or_in_the_configuration(home, 
     configured, said = checkpoint(tmp_path / 'left.pth', 1, SMALL.override('model.slider_left=true')), []
     for arguments in ([home / '1.pth'], [home / '1.pth', '--slider_left'], [configured]):
         assert run('--data', home / 'data', '--weights', *arguments) == 0
-        said.append({key: value for key, value in json.loads(capsys.readouterr().out.splitlines()[-1]).items() if key != 'weights'})
+        said.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
+        del said[-1]['weights']
+    assert [each.pop('slider_left') for each in said] == [False, True, True]
     assert said[1] == said[2] != said[0]
 
 
