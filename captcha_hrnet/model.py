@@ -793,8 +793,8 @@ def read_weights(
     except (KeyError, ValueError): return {}   # the caller says what is missing
 
 # %% ../nbs/04_model.ipynb #6b4267da
-SHIPPED = {'pretrained': '080e6cdae128b66f5688b7f91776648692038830ef0c3e5f9e7ebdbc029cf915',       # SHA-256
-           'pretrained-fast': '5036a2c13593a39cb8bf2f3e0662e7faeb40658173b05c9525198e8fe5ce1cbc'}
+SHIPPED = {'pretrained': 'd2fb65fa2a3478b2e05ddf96c75a0beb9da17a978b52c21930808c865d550921',       # SHA-256
+           'pretrained-fast': '3a025b5b5d64d82f02a576b3b254120de2680ae35e0f8319eeac972da7e28ac4'}
 
 def shipped_weights(
     name: str,   # a key of `SHIPPED`

@@ -106,7 +106,7 @@ class PairNet(nn.Module):
 
 # %% ../nbs/03_reranking.ipynb #8a0acb82
 PAIRS = 16   # of a picture, at most
-BEHIND = 3.  # how far behind the detector's best pair one may be, and still be looked at (logits)
+BEHIND = 4.  # how far behind the detector's best pair one may be, and still be looked at (logits)
 
 def views_of_pairs(
     image: Tensor,   # float [B, 3 or 4, H, W] in [0, 1]
