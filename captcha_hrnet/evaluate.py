@@ -594,8 +594,8 @@ def main(
     with ExitStack() as stack:
         a, b = [*(_measure(stack, model, path, name, at, where, how) for model, path, name in zip(models, paths, short_names(paths))), None][:2]
         test = b and paired_test(a.predictions.errors, b.predictions.errors, resamples)
-        first, second = [*(e.to_dict() | dict(weights=path, slider_left=model.decode_options['slider_left']) for e, path, model in zip((a, b), paths, models)), None][:2]
-        values = dict(data=str(data), split=split, **first, **(dict(compare=second, difference=plain(test)) if b else {}))
+        said = [e.to_dict() | dict(weights=path, slider_left=model.decode_options['slider_left']) for e, path, model in zip((a, b), paths, models)]
+        values = dict(data=str(data), split=split, **said[0], **(dict(compare=said[1], difference=plain(test)) if b else {}))
         after = calibrate and _calibrated(models[0], a, calibrate, Path(data).name + f'/{split}'*Path(data).is_dir())
         if after: values |= dict(calibration=dict(zip(after, models[0].calibration.tolist())), calibrated_scores=plain(score_metrics(after)))
         title = ' and '.join(e.name for e in (a, b) if e) + f' on {data}' + f'/{split}'*Path(data).is_dir()
