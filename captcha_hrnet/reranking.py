@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RADIUS', 'SURE', 'PAIRS', 'BEHIND', 'UNLIKELY', 'TRIED', 'FURTHER', 'HARDLY', 'COST', 'pair_views', 'middle_pixels',
-           'Residual', 'OutlineHead', 'PairNet', 'views_of_pairs', 'judged_pairs', 'off_middle', 'outline_of',
-           'recentred', 'laid_further']
+           'Residual', 'fused', 'OutlineHead', 'DistanceHead', 'PairNet', 'views_of_pairs', 'judged_pairs',
+           'off_middle', 'off_distance', 'outline_of', 'weighed', 'recentred', 'laid_further']
 
 # %% ../nbs/03_reranking.ipynb #570ae999
 import torch
@@ -46,6 +46,16 @@ class Residual(nn.Module):
 
     def forward(self, x): return (x + self.layers(x)).relu()
 
+def fused(
+    lateral: nn.ModuleList,   # 1×1 convolutions, one a map
+    maps: list[Tensor],       # from fine to coarse
+) -> Tensor:                  # of the finest map's size
+    "Maps added up, the coarser ones enlarged (a feature pyramid, Lin et al., 2017)."
+    found = lateral[-1](maps[-1])
+    for layer, finer in zip(lateral[-2::-1], maps[-2::-1]):
+        found = layer(finer) + F.interpolate(found, size=finer.shape[2:], mode='bilinear', align_corners=True)
+    return found
+
 class OutlineHead(nn.Module):
     "Where the sides of what both views show lie, from maps at strides 4, 8 and 16."
     def __init__(self,
@@ -61,30 +71,51 @@ class OutlineHead(nn.Module):
     def forward(self,
         maps: list[Tensor],        # from fine to coarse
     ) -> tuple[Tensor, Tensor]:    # [N, 2, 2] x of the left and the right side, y of the upper and the lower one, px from the middle of the view; [N, 2] log px, how far off their middle may be
-        found = self.lateral[-1](maps[-1])
-        for lateral, finer in zip(self.lateral[-2::-1], maps[-2::-1]):
-            found = lateral(finer) + F.interpolate(found, size=finer.shape[2:], mode='bilinear', align_corners=True)
-        found = self.smooth(found)
+        found = self.smooth(fused(self.lateral, maps))
         said = torch.stack([net(torch.cat([found.mean(axis), found.amax(axis)], 1)) for net, axis in zip(self.profiles, (2, 3))], 1).float()   # [N, 2, 3, S]
         steps = 4.*(torch.arange(said.shape[3], device=said.device) - said.shape[3]//2)
         return (said[:, :, :2].softmax(3)*steps).sum(3), said[:, :, 2].mean(2)
 
+class DistanceHead(nn.Module):
+    "How far apart the two places are, from maps at strides 4, 8 and 16. Every place votes, with a weight each for x and for y: an edge tells what is across it, and not what is along it."
+    def __init__(self,
+        widths: tuple,       # channels of the maps
+        channels: int = 32,
+    ):
+        super().__init__()
+        self.lateral = nn.ModuleList(nn.Conv2d(width, channels, 1) for width in widths)
+        self.smooth = nn.Sequential(*_layer(channels, channels), nn.ReLU(inplace=True), *_layer(channels, channels), nn.ReLU(inplace=True))
+        self.votes, self.doubt = nn.Conv2d(channels, 4, 1), nn.Linear(2*channels + 2, 2)
+
+    def forward(self,
+        maps: list[Tensor],        # from fine to coarse
+        laid: Tensor,              # [N, 2] x, y, px: what registration says
+    ) -> tuple[Tensor, Tensor]:    # [N, 2] x, y, px, gap minus slider piece, beyond what the middles of their views are apart; [N, 2] how far off that may be, log of a multiple of how far registration is
+        found = self.smooth(fused(self.lateral, maps))
+        votes, weights = self.votes(found).float().flatten(2).chunk(2, 1)
+        apart = (votes*weights.softmax(2)).sum(2)
+        differ = ((apart - laid).detach().abs() + .1).log()   # where they say the same it is all the same
+        return apart, self.doubt(torch.cat([found.mean((2, 3)), found.amax((2, 3)), differ], 1)).float()
+
 SURE = -1e4   # log px: not off at all, so that another opinion has no weight
 
 class PairNet(nn.Module):
-    "How much two places look like a slider piece and its gap, and where the sides of their outline are."
+    "How much two places look like a slider piece and its gap, where the sides of their outline are, and how far apart the two."
     def __init__(self, widths: tuple = (32, 48, 96, 144)):   # channels of the maps at strides 2, 4, 8 and 16
         super().__init__()
         layers = [*_layer(8, widths[0], 2), nn.ReLU(inplace=True)]
         for before, after in zip(widths, widths[1:]): layers += [*_layer(before, after, 2), nn.ReLU(inplace=True), Residual(after)]
         self.layers, self.out, self.outline = nn.Sequential(*layers), nn.Linear(2*widths[-1], 1), OutlineHead(widths[1:])
+        self.distance = DistanceHead(widths[1:])
         self.register_buffer('shares', torch.tensor([1., 0.]))   # of the detector's logit and of this network's, which has no say before it is trained
         self.register_buffer('doubt', torch.tensor(SURE))        # how far off the detector's middle is taken to be, log px
+        self.register_buffer('laid', torch.tensor(SURE))         # how far off registration's distance is taken to be, as `DistanceHead` counts
         self.register_buffer('worth', torch.zeros(2))            # of the answer's likeness, to the logits of gap and slider piece
         self.register_buffer('usual', torch.tensor(0.))          # likeness of an answer, which changes neither
 
-    def _load_from_state_dict(self, state, prefix, *rest):   # files that were written before scores knew of it
-        for name in ('worth', 'usual'): state.setdefault(prefix + name, getattr(self, name).clone())
+    def _load_from_state_dict(self, state, prefix, *rest):   # files that were written before scores knew of it, and before it told distances
+        for name, value in self.state_dict().items():
+            if name.startswith(('worth', 'usual', 'laid', 'distance.')): state.setdefault(prefix + name, value.clone())
         super()._load_from_state_dict(state, prefix, *rest)
 
     def maps(self,
@@ -148,26 +179,47 @@ def off_middle(
     "How far the two points of a pair lie on average from the middles of their views."
     return sum(points - middle_pixels(middle, image) - .5 for points, middle in zip((gap, slider), of or (gap, slider)))/2
 
+def off_distance(
+    image: Tensor,   # [..., H, W]
+    gap: Tensor,     # [B, 2] x, y, px of the input
+    slider: Tensor,  # [B, 2]
+    of: tuple | None = None,   # gap and slider whose views are meant; None: of these
+) -> Tensor:         # [B, 2] x, y, px
+    "How much further apart the two points of a pair are than the middles of their views."
+    middles = [middle_pixels(points, image) for points in of or (gap, slider)]
+    return gap - slider - (middles[0] - middles[1])
+
 def outline_of(
     net: PairNet,
     image: Tensor,   # float [B, 3 or 4, H, W] in [0, 1]
     gap: Tensor,     # [B, 2] x, y, px of the input
     slider: Tensor,  # [B, 2]
-) -> tuple[Tensor, Tensor, Tensor]:  # sides and doubt, as of `OutlineHead`; [B] likeness
-    "What a pair looks like it is the outline of, and how much it looks like a pair."
+) -> tuple[Tensor, ...]:  # sides and doubt, as of `OutlineHead`; distance and doubt, as of `DistanceHead`; [B] likeness
+    "What a pair looks like it is the outline of, how far apart, and how much it looks like a pair."
     maps = net.maps(pair_views(image, gap[:, None], slider[:, None]))
-    return *net.outline(maps), net.likeness(maps[-1]).float()
+    return *net.outline(maps), *net.distance(maps, off_distance(image, gap, slider)), net.likeness(maps[-1]).float()
+
+def weighed(
+    ours: Tensor,           # a measurement
+    theirs: Tensor,         # another one
+    our_doubt: Tensor,      # how far off they may be, log of the same unit
+    their_doubt: Tensor,
+) -> Tensor:
+    "The mean of two measurements, each of which weighs as much as its squared error is small."
+    return ours + (2*(our_doubt - their_doubt)).sigmoid()*(theirs - ours)
 
 def recentred(
     net: PairNet,
     image: Tensor,   # float [B, 3 or 4, H, W] in [0, 1], as the detector got it
     gap: Tensor,     # [B, 2] x, y, px of the input
     slider: Tensor,  # [B, 2]
-) -> tuple[Tensor, Tensor, Tensor]:  # gap and slider [B, 2]: both moved by the same; [B] their likeness, as of `PairNet.likeness`
-    "The middle of what both places show, between the detector's and this network's: each weighs as much as its squared error is small."
-    sides, doubt, likeness = outline_of(net, image, gap, slider)
-    shift = (2*(net.doubt - doubt)).sigmoid()*(sides.mean(2) - off_middle(image, gap, slider))
-    return gap + shift, slider + shift, likeness
+) -> tuple[Tensor, Tensor, Tensor]:  # gap and slider [B, 2]: where they are taken to be; [B] their likeness, as of `PairNet.likeness`
+    "The middle of what both places show, between the detector's and this network's, and their distance, between registration's and this network's."
+    sides, doubt, apart, unsure, likeness = outline_of(net, image, gap, slider)
+    middle, laid = off_middle(image, gap, slider), off_distance(image, gap, slider)
+    shift = weighed(middle, sides.mean(2), net.doubt, doubt) - middle
+    further = (weighed(laid, apart, net.laid, unsure) - laid)/2
+    return gap + shift + further, slider + shift - further, likeness
 
 # %% ../nbs/03_reranking.ipynb #2e237cd4
 UNLIKELY = 8.                      # how far below the usual an answer's likeness is then
