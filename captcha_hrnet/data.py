@@ -356,11 +356,12 @@ def cached_file(
     key: str,              # digest of all that the content depends on
     make,                  # make(file) writes the content to an open binary file
     is_good=Path.is_file,  # is_good(path) -> bool: a last look at a file that is there
-) -> Path:
-    "A file that is made once, whole or not at all, whoever else wants it at the same time."
+    read=Path,             # read(path) is what is returned, and is done before anyone else may put a newer file in its place
+):
+    "A file that is made once, whole or not at all, whoever else wants it, or another of its name, at the same time."
     path = Path(folder)/f'{name}-{key}'
     with _alone_in(path.parent):
-        if path.exists() and is_good(path): return path
+        if path.exists() and is_good(path): return read(path)
         for old in path.parent.glob(f'{glob.escape(name)}-*'): old.unlink()
         temporary = path.with_name(path.name + '.tmp')
         try:
@@ -369,7 +370,7 @@ def cached_file(
                 file.flush(); os.fsync(file.fileno())
             os.replace(temporary, path)
         finally: temporary.unlink(missing_ok=True)
-    return path
+        return read(path)
 
 # %% ../nbs/03_data.ipynb #19e48fac
 def _fingerprint(self: CaptchaDataset) -> str:
@@ -385,8 +386,8 @@ def _fingerprint(self: CaptchaDataset) -> str:
 
 def _known_bad_pictures(self: CaptchaDataset, cache) -> list:   # of [row, reason]
     "`_bad_pictures`, or what it found when the files were the same."
-    path = cached_file(cache, f'checked-{self.place}', self.fingerprint, lambda file: file.write(json.dumps(self._bad_pictures()).encode()))
-    return json.loads(path.read_bytes())
+    def make(file): file.write(json.dumps(self._bad_pictures()).encode())
+    return json.loads(cached_file(cache, f'checked-{self.place}', self.fingerprint, make, read=Path.read_bytes))
 
 CaptchaDataset._fingerprint, CaptchaDataset._known_bad_pictures = _fingerprint, _known_bad_pictures
 
@@ -412,8 +413,10 @@ class PackedDataset(Dataset):
         fields = {name: np.asarray(value) for name, value in sample.items() if name != 'index'}
         self.dtype = np.dtype([(name, value.dtype, value.shape) for name, value in fields.items()])
         name = 'x'.join([f'packed-{source.place}', *map(str, sample['image'].shape)])
-        self.path = cached_file(folder, name, _digest(source.fingerprint, len(source), self.dtype.descr), self._write, self._is_good)
-        assert len(self.samples) == len(source)   # and now it is open: whoever removes the file, this process keeps it
+        def opened(path):   # whoever removes the file later, this process keeps it
+            self.path = path
+            assert len(self.samples) == len(source)
+        cached_file(folder, name, _digest(source.fingerprint, len(source), self.dtype.descr), self._write, self._is_good, opened)
 
     def __len__(self): return len(self.source)
 

@@ -573,6 +573,19 @@ def test_processes_that_want_the_same_file_build_it_once(tmp_path):
     assert (tmp_path / "c/thing-key").read_bytes() == b"ab"
 
 
+def _slow_read(folder, key):
+    def read(path): time.sleep(0.1); return path.read_bytes()
+    assert cached_file(folder, "thing", key, lambda file: file.write(key.encode()), read=read) == key.encode()
+
+
+def test_processes_that_want_other_files_of_one_name_get_their_own(tmp_path):
+    "Two runs with one cache and other settings: each removes the other's file, and neither before it is read."
+    workers = [multiprocessing.get_context("fork").Process(target=_slow_read, args=(tmp_path, key)) for key in "abcabc"]
+    for worker in workers: worker.start()
+    for worker in workers: worker.join()
+    assert [w.exitcode for w in workers] == [0] * 6 and len(list(tmp_path.glob("thing-*"))) == 1
+
+
 def test_a_builder_that_is_killed_leaves_no_half_file_and_no_lock(tmp_path):
     def forever(folder): cached_file(folder, "thing", "key", lambda file: (file.write(b"half"), file.flush(), time.sleep(60)))
     worker = multiprocessing.get_context("fork").Process(target=forever, args=(tmp_path,))
