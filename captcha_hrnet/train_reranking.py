@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['log', 'SAME_PX', 'BESIDE', 'BESIDE_PX', 'AWAY', 'HIDDEN', 'ERRORS', 'LARGE', 'CENTRE_WEIGHT', 'SIDES_WEIGHT',
-           'DISTANCE_WEIGHT', 'LEAST', 'likely_pairs', 'by_kernels', 'beside', 'compared_pairs', 'turned',
-           'look_losses', 'second_looks', 'fit_shares', 'minimised', 'answers_again', 'fit_doubts', 'fit_worth', 'main']
+           'DISTANCE_WEIGHT', 'LEAST', 'likely_pairs', 'by_kernels', 'beside', 'true_pairs', 'moved', 'compared_pairs',
+           'turned', 'look_losses', 'second_looks', 'fit_shares', 'minimised', 'answers_again', 'fit_doubts',
+           'fit_worth', 'main']
 
 # %% ../nbs/09_train_reranking.ipynb #67a5b64e
 import logging
@@ -79,6 +80,23 @@ def beside(
     apart = torch.cat([(2*torch.pi*angle).cos(), (2*torch.pi*angle).sin()], 2)*BESIDE_PX[0]*(BESIDE_PX[1]/BESIDE_PX[0])**far
     return [truth[:, :1] + share*apart, truth[:, 1:] - (1 - share)*apart]
 
+def true_pairs(
+    batch: dict,   # of a training loader; NaN is the point of what a picture lacks
+) -> tuple[list[Tensor], Tensor]:   # gap and slider piece [B, 1, 2], input px; bool [B, 1]: the picture has both
+    "What the labels say, with a detector's error, laid over one another as it will be looked at."
+    truth = torch.stack([batch[f'{name}_coords'].float() for name in ('gap', 'slider')], 1)
+    error = torch.where(torch.rand_like(truth[:, :1, :1]) < LARGE, ERRORS[1], ERRORS[0])
+    found = truth.nan_to_num(0) + error*torch.randn_like(truth)
+    with full_precision(truth.device.type): laid = registered(batch['image'].float()/255, *found.unbind(1))
+    return [points[:, None] for points in laid], truth.isfinite().flatten(1).all(1, keepdim=True)
+
+def moved(
+    places: list[Tensor],   # gaps, sliders [B, P, 2]
+) -> list[Tensor]:
+    "Both places of each pair moved by the same."
+    away = AWAY*torch.rand_like(places[0][..., :1])*torch.randn_like(places[0])
+    return [points + away for points in places]
+
 def compared_pairs(
     model: CaptchaKeypointNet,   # the detector, in eval mode
     batch: dict,                 # of a training loader, on the device; NaN is the point of what a picture lacks
@@ -92,20 +110,15 @@ def compared_pairs(
     here = near(gaps, gap) & near(sliders, slider) | near(gaps, slider) & near(sliders, gap)
     gumbel = -torch.rand_like(logits).clamp_min(1e-6).log().neg().log()
     best, index = (logits/4 + gumbel).masked_fill(here, -torch.inf).topk(count - 2 - BESIDE)
-    truth = torch.cat([gap, slider], 1)
-    there, told = truth.isfinite().flatten(1).all(1, keepdim=True), torch.rand(len(truth), 1, device=truth.device) >= HIDDEN
-    error = torch.where(torch.rand_like(truth[:, :1, :1]) < LARGE, ERRORS[1], ERRORS[0])
-    truth = truth.nan_to_num(0) + error*torch.randn_like(truth)
-    before = [torch.cat([points[:, None], wrong, picked(others, index)], 1) for points, wrong, others in zip(truth.unbind(1), beside(truth), (gaps, sliders))]
-    with full_precision(truth.device.type): after = [points.view_as(before[0]) for points in registered(batch['image'].float()/255, *(points.flatten(0, 1) for points in before))]
-    right = ((after[0] - after[1] - (gap - slider)).norm(dim=2) < BESIDE_PX[0]) & ((after[0] - gap).norm(dim=2) < BESIDE_PX[1])   # found their way back
-    right[:, 0] = False
-    back = right & (torch.arange(count - 1, device=right.device) <= BESIDE)
-    laid = [torch.where(back[..., None], *points) for points in zip(before, after)]
-    known = torch.cat([there & told, there.expand(-1, 1 + BESIDE), (best > -torch.inf) & ~right[:, 1 + BESIDE:]], 1)
-    together = [torch.cat([one[:, :1], other[:, :1], one[:, 1:]], 1) for one, other in (laid, laid[::-1])]
-    away = AWAY*torch.rand_like(together[0][..., :1])*torch.randn_like(together[0])
-    return *[points + away for points in together], known
+    first, there = true_pairs(batch)
+    told = torch.rand_like(gap[..., 0]) >= HIDDEN
+    wrong = [torch.cat([points, picked(others, index)], 1) for points, others in zip(beside(torch.cat(first, 1)), (gaps, sliders))]
+    with full_precision(gap.device.type): laid = [points.view_as(wrong[0]) for points in registered(batch['image'].float()/255, *(points.flatten(0, 1) for points in wrong))]
+    right = ((laid[0] - laid[1] - (gap - slider)).norm(dim=2) < BESIDE_PX[0]) & ((laid[0] - gap).norm(dim=2) < BESIDE_PX[1])   # found their way back
+    back = right[:, :, None] & (torch.arange(count - 2, device=right.device) < BESIDE)[:, None]
+    laid = [torch.where(back, before, after) for before, after in zip(wrong, laid)]
+    known = torch.cat([there & told, there.expand(-1, 1 + BESIDE), (best > -torch.inf) & ~right[:, BESIDE:]], 1)
+    return *moved([torch.cat([one, other, points], 1) for one, other, points in zip(first, first[::-1], laid)]), known
 
 # %% ../nbs/09_train_reranking.ipynb #00773e34
 def turned(
@@ -155,14 +168,20 @@ def second_looks(
     log_every: int = 50,         # steps
     ema_decay: float = .999,     # of the weights' moving average, which is what is kept, a step
     asked=None,                  # as of `likely_pairs`
+    distance_only: bool = False, # the head for the distance alone learns, from the true pairs alone, which no detector has to find
 ):
     "Train the second look by `look_losses`. Ctrl-C ends it early."
-    device, net = model.calibration.device, model.pair_net.requires_grad_(True).train()
-    optimizer, average = torch.optim.AdamW(net.parameters(), lr, weight_decay=weight_decay), make_ema(net, ema_decay)
+    device, net = model.calibration.device, model.pair_net.requires_grad_(not distance_only).train(not distance_only)
+    net.distance.requires_grad_(True).train()
+    optimizer, average = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr, weight_decay=weight_decay), make_ema(net, ema_decay)
     total = epochs*len(loader)*looks
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=total, pct_start=.1)
     precision = torch.autocast(device.type, torch.bfloat16) if amp else nullcontext()
     steps_done, pictures, start = [], 0, time.perf_counter()   # of each step: loss, share right, errors
+    def pairs_of(batch):
+        if not distance_only: return compared_pairs(model, batch, pairs, asked)
+        places, known = true_pairs(batch)
+        return *moved(places), known
     def step(views, known, *labels):
         views, *labels = turned(views, *labels)
         with precision: found = look_losses(net, views.contiguous(memory_format=torch.channels_last), known, *labels)
@@ -174,7 +193,7 @@ def second_looks(
             for batch in tqdm(loader, f'second looks, epoch {epoch}', disable=None, leave=False):
                 batch = to_device(batch, device)
                 with torch.no_grad(), precision:
-                    *places, known = compared_pairs(model, batch, pairs, asked)
+                    *places, known = pairs_of(batch)
                     views = pair_views(batch['image'].float()/255, *places)
                     image, truth, first = batch['image'], [batch[f'{name}_coords'].float() for name in ('gap', 'slider')], [each[:, 0] for each in places]
                     steps = torch.stack([off_middle(image, *truth, of=first), off_distance(image, *truth, of=first), off_distance(image, *first)], 1)
@@ -258,7 +277,7 @@ def fit_doubts(
     for name, fitted in (('middle', net.doubt), ('distance', net.laid)):
         if not both.any(): break   # nothing to learn from
         ours, theirs, truth, doubt = seen[name][both].unbind(1)
-        tried = torch.linspace(-6, 4, 201)
+        tried = F.pad(torch.linspace(-6, 4, 201), (1, 0), value=SURE)   # the first: this network has no say
         errors = torch.stack([(weighed(ours, theirs, each, doubt) - truth).abs().mean() for each in tried])
         fitted.copy_(tried[errors.argmin()])
         found[name] = dict(before=(ours - truth).abs().mean().item(), after=errors.min().item(), alone=(theirs - truth).abs().mean().item())
@@ -291,6 +310,7 @@ def main(
     config: Param('YAML file of a run: what is drawn or read, batch size, epochs, learning rate', str, required=True) = None,
     out: Param('weights file (.safetensors) to write: the same detector with a second look', str, required=True) = None,
     pairs_from: Param('weights file whose second look to take as it is: only what it is worth is fitted to the detector', str) = None,
+    distance_only: Param('train the head for the distance alone, on true pairs alone: a CPU will do', bool) = False,
     set: Overrides = None,
 ):
     "Train a second look at likely pairs of gap and slider piece, for a detector that is trained: which pair it is, and where its middle is."
@@ -309,9 +329,9 @@ def main(
     pipeline = DataPipeline(config).setup()
     if not pairs_from:
         check_step(config.train.step, device)
-        asked = by_kernels(model, (config.train.batch_size, 4, config.data.input_height, config.data.input_width)) if config.train.step == 'kernels' else None
+        asked = by_kernels(model, (config.train.batch_size, 4, config.data.input_height, config.data.input_width)) if config.train.step == 'kernels' and not distance_only else None
         second_looks(model, pipeline.train_loader, config.sched.epochs, config.optimizer.lr, config.optimizer.weight_decay,
-                     amp=config.train.amp == 'bf16' and device.type != 'cpu', log_every=config.train.log_every, ema_decay=config.optimizer.ema_decay, asked=asked)
+                     amp=config.train.amp == 'bf16' and device.type != 'cpu', log_every=config.train.log_every, ema_decay=config.optimizer.ema_decay, asked=asked, distance_only=distance_only)
     log.info('%s', fit_shares(model, pipeline.val_loader))
     seen = answers_again(model, pipeline.val_loader)
     for fit in (fit_doubts, fit_worth): log.info('%s', fit(model.pair_net, seen))

@@ -350,6 +350,17 @@ def test_weighed(said):
     for pair in ((ours, theirs, our_doubt, -SURE), (theirs, ours, SURE, -SURE)): torch.testing.assert_close(weighed(*pair[:2], *map(torch.as_tensor, pair[2:])), pair[0], atol=1e-9, rtol=0)
 
 
+def test_the_distance_alone_is_learnt_without_the_detector():
+    "Nothing else of the second look moves by a bit, and nobody asks the detector."
+    model = Blind()
+    model.forward = None
+    torch.manual_seed(0)
+    before = {name: value.clone() for name, value in model.pair_net.state_dict().items()}
+    second_looks(model, Batches(drawn(4, seed) for seed in range(3)), epochs=1, lr=5e-3, weight_decay=.01, distance_only=True)
+    for name, value in model.pair_net.state_dict().items(): assert torch.equal(value, before[name]) != name.startswith('distance.'), name
+    assert not model.pair_net.training and not any(p.requires_grad for p in model.pair_net.parameters())
+
+
 def test_it_learns_what_the_detector_cannot_tell():
     "The gap is the dark one. Before training half the answers are right, after it nearly all; and the squares' middles are seen where the detector sees cells."
     model = Blind()
