@@ -793,8 +793,8 @@ def read_weights(
     except (KeyError, ValueError): return {}   # the caller says what is missing
 
 # %% ../nbs/04_model.ipynb #6b4267da
-SHIPPED = {'pretrained': 'd2fb65fa2a3478b2e05ddf96c75a0beb9da17a978b52c21930808c865d550921',       # SHA-256
-           'pretrained-fast': '3a025b5b5d64d82f02a576b3b254120de2680ae35e0f8319eeac972da7e28ac4'}
+SHIPPED = {'pretrained': '3623f6a1b6416c65a454bc0c6246c4d9ac4eb18453d4ce5f8c1948187e903993',       # SHA-256
+           'pretrained-fast': '2e3564353a39601e37ada2e2fd0698b5cbc63b6b9dc6aa309a5a4e4ad6f5eff0'}
 
 def shipped_weights(
     name: str,   # a key of `SHIPPED`
