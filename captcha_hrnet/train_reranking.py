@@ -313,9 +313,10 @@ def main(
     distance_only: Param('train the head for the distance alone, on true pairs alone: a CPU will do', bool) = False,
     set: Overrides = None,
 ):
-    "Train a second look at likely pairs of gap and slider piece, for a detector that is trained: which pair it is, and where its middle is."
+    "Train a second look at likely pairs of gap and slider piece, for a detector that is trained: which pair it is, where its middle is, and how far apart the two."
     if Path(out).suffix != '.safetensors': raise UserError(f'--out {out}: the name must end in .safetensors')
     if Path(out).exists(): raise UserError(f'--out {out}: is there already')
+    if pairs_from and distance_only: raise UserError('--pairs_from takes a second look as it is, --distance_only trains a part of it: only one of the two')
     make_folder(Path(out).parent, '--out', 'command line')
     logging.basicConfig(format='%(message)s'); log.setLevel(logging.INFO)
     config = load_config(config, set)
@@ -325,6 +326,7 @@ def main(
     model = load_model(weights, device).to(memory_format=torch.channels_last)
     if pairs_from: model.pair_net = load_model(pairs_from, device).pair_net
     if pairs_from and model.pair_net is None: raise UserError(f'--pairs_from {pairs_from}: has no second look')
+    if distance_only and model.pair_net is None: raise UserError(f'--weights {weights}: has no second look, of which --distance_only could train a part')
     if model.pair_net is None: model.pair_net = PairNet().to(device, memory_format=torch.channels_last)   # otherwise it goes on
     pipeline = DataPipeline(config).setup()
     if not pairs_from:

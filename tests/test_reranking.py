@@ -477,7 +477,8 @@ def test_a_training_that_is_stopped_keeps_what_it_learnt(caplog):
 
 @pytest.mark.parametrize('arguments, line', [
     (dict(out='x.pth'), 'must end in .safetensors'), (dict(out='x.safetensors', pairs_from='net.safetensors'), 'net.safetensors: has no second look'),
-    (dict(out='net.safetensors'), 'is there already'), (dict(out='x.safetensors', config='none.yaml'), 'none.yaml'), (dict(out='x.safetensors', weights='none.pth'), 'none.pth')])
+    (dict(out='net.safetensors'), 'is there already'), (dict(out='x.safetensors', config='none.yaml'), 'none.yaml'), (dict(out='x.safetensors', weights='none.pth'), 'none.pth'),
+    (dict(out='x.safetensors', distance_only=True), 'net.safetensors: has no second look'), (dict(out='x.safetensors', distance_only=True, pairs_from='net.safetensors'), 'only one of the two')])
 def test_mistakes(tmp_path, monkeypatch, arguments, line):
     trained(tmp_path)
     config = str((train_reranking.Path.cwd()/'configs/reranking.yaml'))
