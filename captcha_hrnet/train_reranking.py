@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['log', 'SAME_PX', 'BESIDE', 'BESIDE_PX', 'AWAY', 'HIDDEN', 'ERRORS', 'LARGE', 'CENTRE_WEIGHT', 'SIDES_WEIGHT',
            'DISTANCE_WEIGHT', 'LEAST', 'likely_pairs', 'by_kernels', 'beside', 'true_pairs', 'moved', 'compared_pairs',
-           'turned', 'look_losses', 'second_looks', 'fit_shares', 'minimised', 'answers_again', 'fit_doubts',
-           'fit_worth', 'main']
+           'turned', 'look_losses', 'true_steps', 'second_looks', 'fit_shares', 'minimised', 'answers_again',
+           'fit_doubts', 'fit_worth', 'main']
 
 # %% ../nbs/09_train_reranking.ipynb #67a5b64e
 import logging
@@ -156,6 +156,14 @@ def look_losses(
             + SIDES_WEIGHT*mean(sides, there & (size > 0)) + DISTANCE_WEIGHT*mean(alone + both, there)/2)
     return loss, (logits.argmax(1) == target).float().mean(), mean(error, there), mean(both, there)
 
+def true_steps(
+    batch: dict,             # of a training loader; NaN is the point of what a picture lacks
+    first: list[Tensor],     # gap and slider piece [B, 2] whose views are looked at
+) -> Tensor:                 # [B, 3, 2] as of `look_losses`
+    "What is to be learnt of the true pair's centre and distance, and what registration makes of the distance."
+    image, truth = batch['image'], [batch[f'{name}_coords'].float() for name in ('gap', 'slider')]
+    return torch.stack([off_middle(image, *truth, of=first), off_distance(image, *truth, of=first), off_distance(image, *first)], 1)
+
 def second_looks(
     model: CaptchaKeypointNet,   # its `pair_net` learns
     loader,                      # of training batches
@@ -195,8 +203,7 @@ def second_looks(
                 with torch.no_grad(), precision:
                     *places, known = pairs_of(batch)
                     views = pair_views(batch['image'].float()/255, *places)
-                    image, truth, first = batch['image'], [batch[f'{name}_coords'].float() for name in ('gap', 'slider')], [each[:, 0] for each in places]
-                    steps = torch.stack([off_middle(image, *truth, of=first), off_distance(image, *truth, of=first), off_distance(image, *first)], 1)
+                    steps = true_steps(batch, [each[:, 0] for each in places])
                 pictures += len(known)
                 for _ in range(looks):
                     step(views, known, steps, batch['piece_size'].float())
