@@ -213,7 +213,7 @@ class OwnLevel(Dataset):
         strength: float = 0.,   # 0..1
     ):
         self.source, self.effect, self.strength = source, effect, strength
-        self.sizes = label_values(source, 'piece_size')
+        self.sizes = label_values(source, 'piece_size')['piece_size']
 
     def __len__(self): return len(self.source)
 

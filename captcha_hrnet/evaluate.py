@@ -83,14 +83,16 @@ def copy_coco(path, images: Path, folder: Path):
 # %% ../nbs/13_evaluate.ipynb #1c7e5980
 def label_values(
     dataset: CaptchaDataset,
-    key: str,                 # of the label lines
-) -> list:                    # of each sample; None where its line hasn't the key
+    *keys: str,               # of the label lines
+) -> dict:                    # key -> list, of each sample; None where its line hasn't the key
     "What the labels say beyond what training needs."
-    wanted = {dataset.labels.lines[row]: None for row in dataset.rows}
+    wanted = {dataset.labels.lines[row]: {} for row in dataset.rows}
     with open(dataset.labels.path, 'rb') as file:
         for number, line in enumerate(file, 1):
-            if number in wanted: wanted[number] = json.loads(line.decode('utf-8-sig')).get(key)
-    return list(wanted.values())
+            if number in wanted:
+                label = json.loads(line.decode('utf-8-sig'))
+                wanted[number] = {key: label.get(key) for key in keys}
+    return {key: [label[key] for label in wanted.values()] for key in keys}
 
 def width_groups(
     widths: np.ndarray,   # px [N]
@@ -113,10 +115,10 @@ def groups_of(
     "The samples by what they have in common."
     plain_ones = ~np.any([*flags.values()], 0) if flags else np.zeros(len(index), bool)
     widths = np.array([dataset.labels.size(row)[0] for row in dataset.rows[index]])
-    def labelled(key):
-        values = np.array(label_values(dataset, key), object)[index]
+    def named(values):
+        values = np.array(values, object)[index]
         return {name: values == name for name in sorted({value for value in values if isinstance(value, str)})}
-    kinds = {kind: labelled(kind.replace(' ', '_')) for kind in ('shape', 'gap style', 'slider style')}
+    kinds = {key.replace('_', ' '): named(values) for key, values in label_values(dataset, 'shape', 'gap_style', 'slider_style').items()}
     return dict(flag=({'no flag': plain_ones} if plain_ones.any() else {}) | flags, width=width_groups(widths), **kinds, confidence=surest(confidence))
 
 def surest(

@@ -286,8 +286,9 @@ def test_label_values_follow_the_samples(home, tmp_path):
     lines[0] = '\ufeff' + json.dumps(json.loads(lines[0]) | dict(shape='first'))
     (tmp_path / 'data/val/labels.jsonl').write_text('\n'.join(lines), 'utf-8')
     with open_data(tmp_path / 'data', on_bad_sample='skip') as dataset:
-        assert label_values(dataset, 'image') == [dataset.labels.name(row) for row in dataset.rows] and len(dataset) == 8
-        assert label_values(dataset, 'shape')[0] == 'first' and label_values(dataset, 'none such') == [None]*8
+        assert label_values(dataset, 'image')['image'] == [dataset.labels.name(row) for row in dataset.rows] and len(dataset) == 8
+        values = label_values(dataset, 'shape', 'none such')
+        assert values['shape'][0] == 'first' and values['none such'] == [None]*8
         assert [line for line, _ in dataset.labels.rejected] == [4]
 
 
