@@ -719,14 +719,15 @@ def decode_outputs(
     else:
         gap, slider = best_pair(gap_logits.sigmoid(), gaps, slider_logits.sigmoid(), sliders, APART_PX, ROW_SIGMA_PX if same_row else torch.inf, slider_left)
         points = [picked(each, best[:, None])[:, 0] for each, best in ((gaps, gap), (sliders, slider))]
+    found = points
     if registration and 'image' in outputs: points = registered(outputs['image'], *points)
     if looks:
-        *points, likeness = recentred(reranking, outputs['image'], *points)
+        *points, likeness = recentred(reranking, outputs['image'], *points, found)
         unlikely = likeness < reranking.usual - UNLIKELY
         if registration and unlikely.any():
             image = outputs['image'][unlikely]
             *again, best[unlikely] = laid_further(reranking, image, *(each[unlikely] for each in (*pairs, logits, judged)))
-            for each, found in zip((*points, likeness), recentred(reranking, image, *again)): each[unlikely] = found
+            for each, other in zip((*points, likeness), recentred(reranking, image, *again)): each[unlikely] = other
         more = reranking.worth[:, None]*(likeness - reranking.usual)   # [2, B] of the answer's pair; candidates are judged as if they had its likeness
         gap_logits, slider_logits = gap_logits + more[0][:, None], slider_logits + more[1][:, None]
     gap_scores, slider_scores = (scores_of(*each) for each in zip((gap_logits, slider_logits), calibration))
@@ -793,8 +794,8 @@ def read_weights(
     except (KeyError, ValueError): return {}   # the caller says what is missing
 
 # %% ../nbs/04_model.ipynb #6b4267da
-SHIPPED = {'pretrained': '3623f6a1b6416c65a454bc0c6246c4d9ac4eb18453d4ce5f8c1948187e903993',       # SHA-256
-           'pretrained-fast': '2e3564353a39601e37ada2e2fd0698b5cbc63b6b9dc6aa309a5a4e4ad6f5eff0'}
+SHIPPED = {'pretrained': '0fc7949aec34f69b8043b2f2c9d6fbdb1b12015bbf4d737a9dfbbb12a7e571c4',       # SHA-256
+           'pretrained-fast': 'ef741ae8497529693b3f985ade68fb068de26cd56f0965ff8696c059b6f4b712'}
 
 def shipped_weights(
     name: str,   # a key of `SHIPPED`

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['log', 'SAME_PX', 'BESIDE', 'BESIDE_PX', 'AWAY', 'HIDDEN', 'ERRORS', 'LARGE', 'CENTRE_WEIGHT', 'SIDES_WEIGHT',
-           'DISTANCE_WEIGHT', 'LEAST', 'likely_pairs', 'by_kernels', 'beside', 'true_pairs', 'moved', 'compared_pairs',
-           'turned', 'look_losses', 'true_steps', 'second_looks', 'fit_shares', 'minimised', 'answers_again',
-           'fit_doubts', 'fit_worth', 'main']
+           'DISTANCE_WEIGHT', 'LEAST', 'LARGE_PX', 'RIDGE', 'likely_pairs', 'by_kernels', 'beside', 'true_pairs',
+           'moved', 'compared_pairs', 'turned', 'look_losses', 'true_steps', 'second_looks', 'fit_shares', 'minimised',
+           'distances', 'answers_again', 'fit_doubts', 'fit_trust', 'fit_worth', 'main']
 
 # %% ../nbs/09_train_reranking.ipynb #67a5b64e
 import logging
@@ -27,7 +27,7 @@ from .engine import make_ema, seed_everything, to_device
 from .graphs import check_step
 from .model import UNCALIBRATED, CaptchaKeypointNet, candidate_pairs, full_precision, load_model, picked, save_weights
 from .registration import registered
-from .reranking import BEHIND, SURE, PairNet, off_distance, off_middle, outline_of, pair_views, views_of_pairs, weighed
+from .reranking import BEHIND, BELIEVED, FAR, SURE, PairNet, evidence, off_distance, off_middle, outline_of, pair_views, views_of_pairs, weighed
 
 log = logging.getLogger('captcha_hrnet')
 
@@ -255,24 +255,42 @@ def minimised(
     return found.detach()
 
 # %% ../nbs/09_train_reranking.ipynb #de17c6e8
+def distances(
+    image: Tensor,          # float [B, 4, H, W] in [0, 1]
+    points: list[Tensor],   # gap and slider piece [B, 2], x, y, px of the input
+    truth: list[Tensor],    # the same
+    apart: Tensor, unsure: Tensor,   # [B, 2] of `outline_of`
+) -> Tensor:                # [B, 4, 2] x, y, px beyond what the middles of their views say: of the points, of the second look, true, and how far off the second look may be
+    "What detector and second look say of how far apart a pair is, and the truth."
+    return torch.stack([off_distance(image, *points), apart, off_distance(image, *truth, of=points), unsure], 1)
+
 @torch.no_grad()
 def answers_again(
     model: CaptchaKeypointNet,
     loader,                      # of captchas that neither network was trained on
-) -> dict:                       # float64 on the CPU, of gap and slider piece [N, 2]: `logits`, `right`; of their `middle` and their `distance` [N, 4, 2] x, y, input px beyond what the middles of their views say: the answer's, the second look's, the truth, and the second look's doubt; `likeness` [N]
+) -> dict:                       # float64 on the CPU, of gap and slider piece [N, 2]: `logits`, `right`; of their `middle` [N, 4, 2] x, y, input px beyond what the middles of their views say: the answer's, the second look's, the truth, and the second look's doubt; of their `distance` the same, as of `distances`; `likeness` [N]; where the model registers: `far` [N], registration moved the two far apart; `evidence` [N, 4]; `either` [N, 2, 4, 2] `distances` before and after
     "The detector's answers, and what a second look says of them."
     net, found = model.pair_net, []
-    net.doubt.fill_(SURE); net.laid.fill_(SURE); net.worth.zero_()   # the detector's own
+    net.doubt.fill_(SURE); net.laid.fill_(SURE); net.worth.zero_(); net.trust.copy_(torch.tensor(BELIEVED))   # the detector's own, and registration's
     for batch in tqdm(loader, desc='answers', disable=None, leave=False):
         batch = to_device(batch, model.calibration.device)
-        image, answers = batch['image'], model.decode_predictions(model(batch['image']), calibration=UNCALIBRATED.to(batch['image'].device))
-        points, truth = ([each[f'{name}_coords'].float() for name in ('gap', 'slider')] for each in (answers, batch))
-        sides, doubt, apart, unsure, likeness = outline_of(net, image.float()/255, *points)
+        outputs, image = model(batch['image']), batch['image'].float()/255
+        def answered(**options): return model.decode_predictions(outputs, calibration=UNCALIBRATED.to(image.device), **options)
+        def points_of(answers): return [answers[f'{name}_coords'].float() for name in ('gap', 'slider')]
+        answers, truth = answered(), points_of(batch)
+        points = points_of(answers)
+        sides, doubt, *apart, likeness = outline_of(net, image, *points)
         found.append(dict(
             logits=torch.stack([answers[f'{name}_score'].logit(eps=1e-7) for name in ('gap', 'slider')], 1), likeness=likeness,
             right=torch.stack([(a - b).abs().amax(1) < SAME_PX for a, b in zip(points, truth)], 1),
             middle=torch.stack([off_middle(image, *points), sides.mean(2), off_middle(image, *truth, of=points), doubt], 1),
-            distance=torch.stack([off_distance(image, *points), apart, off_distance(image, *truth, of=points), unsure], 1)))
+            distance=distances(image, points, truth, *apart)))
+        if not model.decode_options['registration']: continue
+        before = points_of(answered(registration=False))
+        after = registered(image, *before)
+        seen, moved = [outline_of(net, image, *each) for each in (before, after)], after[0] - after[1] - (before[0] - before[1])
+        found[-1] |= dict(far=moved.abs().amax(1) > FAR, evidence=evidence(moved, off_distance(image, *before), *seen),
+                          either=torch.stack([distances(image, each, truth, *said[2:4]) for each, said in zip((before, after), seen)], 1))
     return {name: torch.cat([each[name] for each in found]).double().cpu() for name in found[0]}
 
 def fit_doubts(
@@ -290,7 +308,26 @@ def fit_doubts(
         found[name] = dict(before=(ours - truth).abs().mean().item(), after=errors.min().item(), alone=(theirs - truth).abs().mean().item())
     return dict(captchas=len(both), right=int(both.sum()), **found)
 
-LEAST = 5   # right points, and wrong ones, that a likeness's worth is fitted on
+LEAST = 5   # right answers, and wrong ones, that something is fitted on
+LARGE_PX, RIDGE = 3., .01   # an error counts as this much, at most; what keeps weights small
+
+def fit_trust(
+    net: PairNet,   # whose doubts are fitted; gets how far registration is to be believed
+    seen: dict,     # of `answers_again`
+) -> dict:          # how many registrations moved a right pair far, and the mean error of those distances, px of the input, where all and where only some are believed; empty: nothing is fitted
+    "What speaks for and against a registration that moved a pair far: logistic regression, each weighing as much as it is worth."
+    if 'far' not in seen: return {}
+    asked = seen['far'].bool() & seen['right'].bool().all(1)
+    evidence, (ours, theirs, truth, unsure) = seen['evidence'][asked], seen['either'][asked].unbind(2)   # each [N, 2, 2]: before and after; x, y
+    before, after = (weighed(ours, theirs, net.laid, unsure) - truth).abs().sum(2).unbind(1)
+    better = (after < before).double()
+    if min(better.sum(), (1 - better).sum()) < LEAST: return {}
+    def trust(w): return evidence @ w[:4] + w[4]
+    def loss(w): return F.binary_cross_entropy_with_logits(trust(w), better, weight=(after - before).abs().clamp_max(LARGE_PX)) + RIDGE*w[:4].square().sum()
+    fitted = minimised(loss, BELIEVED)
+    errors = torch.where(trust(fitted) < 0, before, after).mean()
+    if errors < after.mean(): net.trust.copy_(fitted)
+    return dict(far=int(asked.sum()), before=after.mean().item()/2, after=min(errors, after.mean()).item()/2)
 
 def fit_worth(
     net: PairNet,   # gets what the likeness of an answer is worth
@@ -343,7 +380,7 @@ def main(
                      amp=config.train.amp == 'bf16' and device.type != 'cpu', log_every=config.train.log_every, ema_decay=config.optimizer.ema_decay, asked=asked, distance_only=distance_only)
     log.info('%s', fit_shares(model, pipeline.val_loader))
     seen = answers_again(model, pipeline.val_loader)
-    for fit in (fit_doubts, fit_worth): log.info('%s', fit(model.pair_net, seen))
+    for fit in (fit_doubts, fit_trust, fit_worth): log.info('%s', fit(model.pair_net, seen))
     model.config['model']['reranking'] = True
     save_weights(model.cpu(), Path(out), **model.facts)
 

@@ -12,8 +12,8 @@ from captcha_hrnet.config import UserError, load_config
 from captcha_hrnet.geometry import HeatmapCodec
 from captcha_hrnet.model import APART_PX, CaptchaKeypointNet, candidate_pairs, create_lite_hrnet_18_fpn, decode_outputs, load_model, save_weights
 from captcha_hrnet.registration import REACH, edge_maps, registered
-from captcha_hrnet.reranking import BEHIND, RADIUS, SURE, PairNet, judged_pairs, laid_further, middle_pixels, off_distance, off_middle, pair_views, recentred, weighed
-from captcha_hrnet.train_reranking import BESIDE, BESIDE_PX, CENTRE_WEIGHT, DISTANCE_WEIGHT, LEAST, SAME_PX, SIDES_WEIGHT, answers_again, compared_pairs, fit_doubts, fit_shares, fit_worth, look_losses, second_looks, turned
+from captcha_hrnet.reranking import BEHIND, BELIEVED, FAR, RADIUS, SURE, PairNet, believed, judged_pairs, laid_further, middle_pixels, off_distance, off_middle, pair_views, recentred, weighed
+from captcha_hrnet.train_reranking import BESIDE, BESIDE_PX, CENTRE_WEIGHT, DISTANCE_WEIGHT, LEAST, SAME_PX, SIDES_WEIGHT, answers_again, compared_pairs, fit_doubts, fit_trust, fit_shares, fit_worth, look_losses, second_looks, turned
 from test_registration import captcha
 
 torch.set_num_threads(1)
@@ -336,6 +336,50 @@ def test_recentred(places, said, doubts):
         for key, found in of(*recentred(net, image, gap, slider)[:2]).items(): torch.testing.assert_close(found, expected[key], atol=1e-3, rtol=0)
     torch.testing.assert_close(off_middle(image, gap, slider) - off_middle(image, gap + 1, slider + 3, of=(gap, slider)), torch.full((2, 2), -2.), atol=1e-4, rtol=0)
     torch.testing.assert_close(off_distance(image, gap + 1, slider + 3, of=(gap, slider)) - off_distance(image, gap, slider), torch.full((2, 2), -2.), atol=1e-4, rtol=0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seeds, st.lists(st.floats(-2, 2), min_size=5, max_size=5))
+def test_registration_is_taken_back_where_the_evidence_says_so(seed, trust):
+    "Pair by pair; never where it moved a pair by little, and not before anything is fitted."
+    chance, image = torch.Generator().manual_seed(seed), torch.rand(6, 4, 64, 64)
+    found = [20 + 24*torch.rand(6, 2, generator=chance) for _ in range(2)]
+    half = (torch.rand(6, 2, generator=chance) - .5)*torch.tensor([.5]*2 + [6.]*4)[:, None]
+    laid = [found[0] + half, found[1] - half]
+    net = Sees(torch.zeros(2, 2), [0., 0.], [1., -.5], [.3, .5])
+    for before, after in zip(laid, recentred(net, image, *laid, found)): assert torch.equal(before, after)
+    net.trust.copy_(torch.tensor(trust))
+    points, seen = believed(net, image, found, laid)
+    far = [i for i in range(6) if (2*half[i]).abs().max() > FAR]
+    for i in range(6):
+        off, moved = off_distance(image[:1], *(each[i:i + 1] for each in found))[0], 2*half[i]
+        # the second look says of the n-th view that its likeness is n
+        likelier = far.index(i) - i if i in far else 0
+        further = net.said[2] - off
+        weight = trust[0]*likelier + trust[1]*float((further - moved).abs().sum() - further.abs().sum()) + trust[2]*float(moved.abs().sum()) + trust[3]*.4 + trust[4]
+        if abs(weight) < 1e-3: continue
+        back = i in far and weight < 0
+        for point, one, other in zip(points, found, laid): assert torch.equal(point[i], (one if back else other)[i])
+        assert seen[4][i] == (far.index(i) if back else i)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seeds, st.lists(st.floats(-1, 1), min_size=5, max_size=5))
+def test_the_trust_that_is_fitted_errs_less(seed, trust):
+    "Where evidence tells which of two distances is right, most of what can be gained is."
+    chance, net = torch.Generator().manual_seed(seed), PairNet()
+    evidence = 2*torch.randn(2000, 4, generator=chance, dtype=torch.float64)
+    after = torch.rand(2000, generator=chance, dtype=torch.float64) < (4*(evidence @ torch.tensor(trust[:4]).double() + trust[4])).sigmoid()   # is right
+    errors = torch.stack([after, ~after], 1).double()
+    either = torch.stack([errors, errors, torch.zeros_like(errors), torch.zeros_like(errors)], 2)[..., None].expand(-1, -1, -1, 2)   # both opinions are the same
+    seen = dict(far=torch.rand(2000, generator=chance) < .9, right=torch.ones(2000, 2), evidence=evidence, either=either)
+    fitted = fit_trust(net, seen)
+    if not fitted: assert min(after[seen['far']].sum(), (~after)[seen['far']].sum()) < LEAST and net.trust.tolist() == BELIEVED; return
+    known = torch.where(evidence @ torch.tensor(trust[:4]).double() + trust[4] < 0, errors[:, 0], errors[:, 1])[seen['far']].mean().item()
+    assert fitted['far'] == seen['far'].sum() and fitted['after'] <= min(fitted['before'], known + .05)
+    assert fit_trust(PairNet(), dict(right=seen['right'])) == {}   # a model that doesn't register
+    net = PairNet()
+    assert fit_trust(net, seen | dict(far=torch.arange(2000) < LEAST)) == {} and net.trust.tolist() == BELIEVED
 
 
 @settings(max_examples=100, deadline=None)
