@@ -318,11 +318,11 @@ def fit_trust(
     "What speaks for and against a registration that moved a pair far: logistic regression, each weighing as much as it is worth."
     if 'far' not in seen: return {}
     asked = seen['far'].bool() & seen['right'].bool().all(1)
-    evidence, (ours, theirs, truth, unsure) = seen['evidence'][asked], seen['either'][asked].unbind(2)   # each [N, 2, 2]: before and after; x, y
+    signs, (ours, theirs, truth, unsure) = seen['evidence'][asked], seen['either'][asked].unbind(2)   # each [N, 2, 2]: before and after; x, y
     before, after = (weighed(ours, theirs, net.laid, unsure) - truth).abs().sum(2).unbind(1)
     better = (after < before).double()
     if min(better.sum(), (1 - better).sum()) < LEAST: return {}
-    def trust(w): return evidence @ w[:4] + w[4]
+    def trust(w): return signs @ w[:4] + w[4]
     def loss(w): return F.binary_cross_entropy_with_logits(trust(w), better, weight=(after - before).abs().clamp_max(LARGE_PX)) + RIDGE*w[:4].square().sum()
     fitted = minimised(loss, BELIEVED)
     errors = torch.where(trust(fitted) < 0, before, after).mean()
