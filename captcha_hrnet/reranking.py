@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RADIUS', 'SURE', 'BELIEVED', 'PAIRS', 'BEHIND', 'FAR', 'UNLIKELY', 'TRIED', 'FURTHER', 'HARDLY', 'COST', 'pair_views',
            'middle_pixels', 'Residual', 'fused', 'OutlineHead', 'DistanceHead', 'PairNet', 'views_of_pairs',
-           'judged_pairs', 'off_middle', 'off_distance', 'outline_of', 'weighed', 'evidence', 'believed', 'recentred',
-           'laid_further']
+           'judged_pairs', 'off_middle', 'off_distance', 'outline_of', 'weighed', 'moved_apart', 'evidence', 'believed',
+           'recentred', 'laid_further']
 
 # %% ../nbs/03_reranking.ipynb #570ae999
 import torch
@@ -214,15 +214,23 @@ def weighed(
 # %% ../nbs/03_reranking.ipynb #112886e7
 FAR = 1.   # px of the input: registration is believed where it moves gap and slider piece apart by less
 
+def moved_apart(
+    found: list[Tensor],     # gap and slider [B, 2] x, y, px of the input
+    laid: list[Tensor],      # the same, registered
+) -> Tensor:                 # [B, 2] x, y, px
+    "By how much registration moved pairs apart."
+    return laid[0] - laid[1] - (found[0] - found[1])
+
 def evidence(
-    moved: Tensor,   # [B, 2] x, y, px: by how much registration moves a pair apart
-    off: Tensor,     # [B, 2] as of `off_distance`, before
-    found: tuple,    # of `outline_of`, before
-    laid: tuple,     # the same, after
-) -> Tensor:         # [B, 4]
+    image: Tensor,           # [..., H, W]
+    found: list[Tensor],     # gap and slider [B, 2] x, y, px of the input
+    laid: list[Tensor],      # the same, registered
+    before: tuple,           # of `outline_of`, as found
+    after: tuple,            # the same, as laid
+) -> Tensor:                 # [B, 4]
     "What tells whether registration was right: how much likelier a pair it was before, how much further this network's distance is from registration's than from the detector's, how far it moved, and how far off this network takes itself to be, beside registration."
-    further = found[2] - off
-    return torch.stack([found[4] - laid[4], ((further - moved).abs() - further.abs()).sum(1), moved.abs().sum(1), laid[3].mean(1)], 1)
+    moved, further = moved_apart(found, laid), before[2] - off_distance(image, *found)
+    return torch.stack([before[4] - after[4], ((further - moved).abs() - further.abs()).sum(1), moved.abs().sum(1), after[3].mean(1)], 1)
 
 def believed(
     net: PairNet,
@@ -231,14 +239,12 @@ def believed(
     laid: list[Tensor],      # the same, registered
 ) -> tuple[list[Tensor], list[Tensor]]:   # the points, of one or the other; what `outline_of` says of them
     "Registration is taken back where it moved a pair far and what both look like speaks against it."
-    seen, moved = outline_of(net, image, *laid), laid[0] - laid[1] - (found[0] - found[1])
-    asked = moved.abs().amax(1) > FAR
-    if not asked.any(): return laid, seen
-    some, before = image[asked], [points[asked] for points in found]
-    again = outline_of(net, some, *before)
-    wrong = evidence(moved[asked], off_distance(some, *before), again, [each[asked] for each in seen]) @ net.trust[:4] + net.trust[4] < 0
-    back = asked.clone()
-    back[asked] = wrong
+    seen, back = outline_of(net, image, *laid), moved_apart(found, laid).abs().amax(1) > FAR
+    if not back.any(): return laid, seen
+    image, *places = (each[back] for each in (image, *found, *laid))
+    again = outline_of(net, image, *places[:2])
+    wrong = evidence(image, places[:2], places[2:], again, [each[back] for each in seen]) @ net.trust[:4] + net.trust[4] < 0
+    back = back.masked_scatter(back, wrong)
     return [torch.where(back[:, None], *points) for points in zip(found, laid)], [each.index_put((back,), other[wrong]) for each, other in zip(seen, again)]
 
 # %% ../nbs/03_reranking.ipynb #3608428d

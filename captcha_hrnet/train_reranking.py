@@ -27,7 +27,7 @@ from .engine import make_ema, seed_everything, to_device
 from .graphs import check_step
 from .model import UNCALIBRATED, CaptchaKeypointNet, candidate_pairs, full_precision, load_model, picked, save_weights
 from .registration import registered
-from .reranking import BEHIND, BELIEVED, FAR, SURE, PairNet, evidence, off_distance, off_middle, outline_of, pair_views, views_of_pairs, weighed
+from .reranking import BEHIND, BELIEVED, FAR, SURE, PairNet, evidence, moved_apart, off_distance, off_middle, outline_of, pair_views, views_of_pairs, weighed
 
 log = logging.getLogger('captcha_hrnet')
 
@@ -288,8 +288,8 @@ def answers_again(
         if not model.decode_options['registration']: continue
         before = points_of(answered(registration=False))
         after = registered(image, *before)
-        seen, moved = [outline_of(net, image, *each) for each in (before, after)], after[0] - after[1] - (before[0] - before[1])
-        found[-1] |= dict(far=moved.abs().amax(1) > FAR, evidence=evidence(moved, off_distance(image, *before), *seen),
+        seen = [outline_of(net, image, *each) for each in (before, after)]
+        found[-1] |= dict(far=moved_apart(before, after).abs().amax(1) > FAR, evidence=evidence(image, before, after, *seen),
                           either=torch.stack([distances(image, each, truth, *said[2:4]) for each, said in zip((before, after), seen)], 1))
     return {name: torch.cat([each[name] for each in found]).double().cpu() for name in found[0]}
 
