@@ -549,12 +549,17 @@ class DataPipeline:
 
     def setup(self) -> 'DataPipeline':
         "Check the data and make `train_loader` and `val_loader`."
-        train, val, config = self.dataset('train'), self.dataset('val'), self.config
+        train, config = self.dataset('train'), self.config
         endless = config.data.source == 'synthetic'
         self.batches = TrainBatches(len(train), config.train.batch_size, config.seed, endless, self.rank, self.world, config.data.passes)
         self.train_loader = self._loader(train, self.batches)
-        self.val_loader = self._loader(val, EvalBatches(len(val), config.eval.batch_size, self.rank, self.world))
+        self.val_loader = self.in_order('val')
         return self
+
+    def in_order(self, mode: str) -> DataLoader:
+        "Every 'train' or 'val' sample once, in batches of `eval.batch_size`."
+        dataset = self.dataset(mode)
+        return self._loader(dataset, EvalBatches(len(dataset), self.config.eval.batch_size, self.rank, self.world))
 
     def _loader(self, dataset, batches):
         train, common = self.config.train, dict(batch_sampler=batches, pin_memory=self.config.train.pin_memory and torch.cuda.is_available())

@@ -314,20 +314,21 @@ LARGE_PX, RIDGE = 3., .01   # an error counts as this much, at most; what keeps 
 def fit_trust(
     net: PairNet,   # whose doubts are fitted; gets how far registration is to be believed
     seen: dict,     # of `answers_again`
-) -> dict:          # how many registrations moved a right pair far, and the mean error of those distances, px of the input, where all and where only some are believed; empty: nothing is fitted
+) -> dict:          # how many registrations moved a right pair far, of them `better` that were right to; if enough were and were not, the mean error of those distances, px of the input, where all and where only some are believed; else nothing is fitted
     "What speaks for and against a registration that moved a pair far: logistic regression, each weighing as much as it is worth."
     if 'far' not in seen: return {}
     asked = seen['far'].bool() & seen['right'].bool().all(1)
     signs, (ours, theirs, truth, unsure) = seen['evidence'][asked], seen['either'][asked].unbind(2)   # each [N, 2, 2]: before and after; x, y
     before, after = (weighed(ours, theirs, net.laid, unsure) - truth).abs().sum(2).unbind(1)
     better = (after < before).double()
-    if min(better.sum(), (1 - better).sum()) < LEAST: return {}
+    found = dict(far=len(better), better=int(better.sum()))
+    if min(found['better'], len(better) - found['better']) < LEAST: return found
     def trust(w): return signs @ w[:4] + w[4]
     def loss(w): return F.binary_cross_entropy_with_logits(trust(w), better, weight=(after - before).abs().clamp_max(LARGE_PX)) + RIDGE*w[:4].square().sum()
     fitted = minimised(loss, BELIEVED)
     errors = torch.where(trust(fitted) < 0, before, after).mean()
     if errors < after.mean(): net.trust.copy_(fitted)
-    return dict(far=int(asked.sum()), before=after.mean().item()/2, after=min(errors, after.mean()).item()/2)
+    return found | dict(before=after.mean().item()/2, after=min(errors, after.mean()).item()/2)
 
 def fit_worth(
     net: PairNet,   # gets what the likeness of an answer is worth
@@ -355,12 +356,13 @@ def main(
     out: Param('weights file (.safetensors) to write: the same detector with a second look', str, required=True) = None,
     pairs_from: Param('weights file whose second look to take as it is: only what it is worth is fitted to the detector', str) = None,
     distance_only: Param('train the head for the distance alone, on true pairs alone: a CPU will do', bool) = False,
+    trust_only: Param("fit only when to believe registration, on the training captchas as they are: for one's own labelled pictures", bool) = False,
     set: Overrides = None,
 ):
     "Train a second look at likely pairs of gap and slider piece, for a detector that is trained: which pair it is, where its middle is, and how far apart the two."
     if Path(out).suffix != '.safetensors': raise UserError(f'--out {out}: the name must end in .safetensors')
     if Path(out).exists(): raise UserError(f'--out {out}: is there already')
-    if pairs_from and distance_only: raise UserError('--pairs_from takes a second look as it is, --distance_only trains a part of it: only one of the two')
+    if (pairs_from is not None) + distance_only + trust_only > 1: raise UserError('--pairs_from, --distance_only and --trust_only: only one of them')
     make_folder(Path(out).parent, '--out', 'command line')
     logging.basicConfig(format='%(message)s'); log.setLevel(logging.INFO)
     config = load_config(config, set)
@@ -370,9 +372,17 @@ def main(
     model = load_model(weights, device).to(memory_format=torch.channels_last)
     if pairs_from: model.pair_net = load_model(pairs_from, device).pair_net
     if pairs_from and model.pair_net is None: raise UserError(f'--pairs_from {pairs_from}: has no second look')
-    if distance_only and model.pair_net is None: raise UserError(f'--weights {weights}: has no second look, of which --distance_only could train a part')
+    if (distance_only or trust_only) and model.pair_net is None: raise UserError(f'--weights {weights}: has no second look, of which {"--distance_only could train" if distance_only else "--trust_only could fit"} a part')
+    if trust_only and not model.decode_options['registration']: raise UserError(f'--weights {weights}: does not register, so there is nothing to believe')
     if model.pair_net is None: model.pair_net = PairNet().to(device, memory_format=torch.channels_last)   # otherwise it goes on
-    pipeline = DataPipeline(config).setup()
+    pipeline = DataPipeline(config)
+    if trust_only:
+        net, seen = deepcopy(model.pair_net), answers_again(model, pipeline.in_order('train'))
+        model.pair_net = net   # with what was fitted to it before
+        found = fit_trust(net, seen)
+        log.info('%s%s', found, '' if 'after' in found else f': nothing was fitted, {LEAST} of each kind are needed')
+        return save_weights(model.cpu(), Path(out), **model.facts)
+    pipeline.setup()
     if not pairs_from:
         check_step(config.train.step, device)
         asked = by_kernels(model, (config.train.batch_size, 4, config.data.input_height, config.data.input_width)) if config.train.step == 'kernels' and not distance_only else None

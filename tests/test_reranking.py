@@ -4,6 +4,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -374,12 +375,13 @@ def test_the_trust_that_is_fitted_errs_less(seed, trust):
     either = torch.stack([errors, errors, torch.zeros_like(errors), torch.zeros_like(errors)], 2)[..., None].expand(-1, -1, -1, 2)   # both opinions are the same
     seen = dict(far=torch.rand(2000, generator=chance) < .9, right=torch.ones(2000, 2), evidence=evidence, either=either)
     fitted = fit_trust(net, seen)
-    if not fitted: assert min(after[seen['far']].sum(), (~after)[seen['far']].sum()) < LEAST and net.trust.tolist() == BELIEVED; return
+    assert (fitted['far'], fitted['better']) == (seen['far'].sum(), after[seen['far']].sum())
+    if 'after' not in fitted: assert min(fitted['better'], fitted['far'] - fitted['better']) < LEAST and net.trust.tolist() == BELIEVED; return
     known = torch.where(evidence @ torch.tensor(trust[:4]).double() + trust[4] < 0, errors[:, 0], errors[:, 1])[seen['far']].mean().item()
-    assert fitted['far'] == seen['far'].sum() and fitted['after'] <= min(fitted['before'], known + .05)
+    assert fitted['after'] <= min(fitted['before'], known + .05)
     assert fit_trust(PairNet(), dict(right=seen['right'])) == {}   # a model that doesn't register
     net = PairNet()
-    assert fit_trust(net, seen | dict(far=torch.arange(2000) < LEAST)) == {} and net.trust.tolist() == BELIEVED
+    assert fit_trust(net, seen | dict(far=torch.arange(2000) < LEAST)) == dict(far=LEAST, better=after[:LEAST].sum()) and net.trust.tolist() == BELIEVED
 
 
 @settings(max_examples=100, deadline=None)
@@ -522,7 +524,8 @@ def test_a_training_that_is_stopped_keeps_what_it_learnt(caplog):
 @pytest.mark.parametrize('arguments, line', [
     (dict(out='x.pth'), 'must end in .safetensors'), (dict(out='x.safetensors', pairs_from='net.safetensors'), 'net.safetensors: has no second look'),
     (dict(out='net.safetensors'), 'is there already'), (dict(out='x.safetensors', config='none.yaml'), 'none.yaml'), (dict(out='x.safetensors', weights='none.pth'), 'none.pth'),
-    (dict(out='x.safetensors', distance_only=True), 'net.safetensors: has no second look'), (dict(out='x.safetensors', distance_only=True, pairs_from='net.safetensors'), 'only one of the two')])
+    (dict(out='x.safetensors', distance_only=True), 'net.safetensors: has no second look'), (dict(out='x.safetensors', distance_only=True, pairs_from='net.safetensors'), 'only one of them'),
+    (dict(out='x.safetensors', trust_only=True), 'net.safetensors: has no second look'), (dict(out='x.safetensors', trust_only=True, distance_only=True), 'only one of them')])
 def test_mistakes(tmp_path, monkeypatch, arguments, line):
     trained(tmp_path)
     config = str((train_reranking.Path.cwd()/'configs/reranking.yaml'))
@@ -531,12 +534,14 @@ def test_mistakes(tmp_path, monkeypatch, arguments, line):
     assert not list(tmp_path.glob('x.*'))
 
 
+LESS = ['train.num_workers=0', 'data.train_samples=6', 'data.val_samples=8', 'train.batch_size=3', 'eval.batch_size=4', 'sched.epochs=1', 'sched.warmup_epochs=0',
+        'data.input_height=64', 'data.input_width=128', 'hardware.device=cpu', 'train.step=eager']
+
+
 def test_the_command(tmp_path):
     "A detector goes in, the same one with a second look comes out; another takes the look as it is and fits its share."
     trained(tmp_path)
-    less = ['train.num_workers=0', 'data.train_samples=6', 'data.val_samples=8', 'train.batch_size=3', 'eval.batch_size=4', 'sched.epochs=1', 'sched.warmup_epochs=0',
-            'data.input_height=64', 'data.input_width=128', 'hardware.device=cpu', 'train.step=eager']
-    def make(**more): train_reranking.main(weights=str(tmp_path/'net.safetensors'), config='configs/reranking.yaml', set=less, **more)
+    def make(**more): train_reranking.main(weights=str(tmp_path/'net.safetensors'), config='configs/reranking.yaml', set=LESS, **more)
     make(out=str(tmp_path/'one.safetensors'))
     make(out=str(tmp_path/'two.safetensors'), pairs_from=str(tmp_path/'one.safetensors'))
     before, one, two = (load_model(tmp_path/f'{name}.safetensors') for name in ('net', 'one', 'two'))
@@ -544,3 +549,24 @@ def test_the_command(tmp_path):
     for name, value in before.state_dict().items(): assert torch.equal(value, one.state_dict()[name])
     for name, value in one.pair_net.state_dict().items():
         if name not in ('shares', 'worth', 'usual'): assert torch.equal(value, two.pair_net.state_dict()[name]), name
+
+
+def test_of_ones_own_pictures_only_the_trust_is_fitted(tmp_path, monkeypatch, caplog):
+    "On the training captchas, each once; what was fitted before stays, and where nothing can be fitted everything does."
+    trained(tmp_path, registration=True, reranking=True)
+    path, told = tmp_path/'net.safetensors', [4*LEAST, LEAST - 1]   # how many moved far
+    model = load_model(path)
+    for name, value in dict(doubt=.5, laid=-1., worth=.3, trust=2., shares=1.).items(): getattr(model.pair_net, name).fill_(value)
+    save_weights(model, path, **model.facts)
+    def seen(model, loader):
+        assert [index for batch in loader for index in batch['index'].tolist()] == list(range(6))
+        answers_again(model, loader)   # what it does to what was fitted
+        right = torch.arange(told[0]) % 3 > 0                          # registration is, and the first sign says so
+        errors = torch.stack([right, ~right], 1).double()
+        either = torch.stack([errors, errors, 0*errors, 0*errors], 2)[..., None].expand(-1, -1, -1, 2)
+        return dict(far=torch.ones(told.pop(0)), right=torch.ones(len(right), 2), evidence=F.pad(right.double()[:, None]*2 - 1, (0, 3)), either=either)
+    monkeypatch.setattr(train_reranking, 'answers_again', seen)
+    for out in ('fitted', 'kept'): train_reranking.main(weights=str(path), config='configs/reranking.yaml', out=str(tmp_path/f'{out}.safetensors'), trust_only=True, set=LESS)
+    before, fitted, kept = (load_model(tmp_path/f'{name}.safetensors').state_dict() for name in ('net', 'fitted', 'kept'))
+    assert [name for name in before if not torch.equal(before[name], fitted[name])] == ['pair_net.trust'] and fitted['pair_net.trust'][0] > .5
+    assert all(torch.equal(before[name], kept[name]) for name in before) and 'nothing was fitted' in caplog.text
