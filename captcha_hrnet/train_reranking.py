@@ -314,7 +314,7 @@ LARGE_PX, RIDGE = 3., .01   # an error counts as this much, at most; what keeps 
 def fit_trust(
     net: PairNet,   # whose doubts are fitted; gets how far registration is to be believed
     seen: dict,     # of `answers_again`
-) -> dict:          # how many registrations moved a right pair far, of them `better` that were right to; if enough were and were not, the mean error of those distances, px of the input, where all and where only some are believed; else nothing is fitted
+) -> dict:          # how many registrations moved a right pair far, of them `better` that were right to; where `LEAST` and more were not, the mean error of those distances, px of the input, where all and where only some are believed; else nothing is fitted
     "What speaks for and against a registration that moved a pair far: logistic regression, each weighing as much as it is worth."
     if 'far' not in seen: return {}
     asked = seen['far'].bool() & seen['right'].bool().all(1)
@@ -322,7 +322,7 @@ def fit_trust(
     before, after = (weighed(ours, theirs, net.laid, unsure) - truth).abs().sum(2).unbind(1)
     better = (after < before).double()
     found = dict(far=len(better), better=int(better.sum()))
-    if min(found['better'], len(better) - found['better']) < LEAST: return found
+    if found['far'] - found['better'] < LEAST: return found   # hardly anything to take back
     def trust(w): return signs @ w[:4] + w[4]
     def loss(w): return F.binary_cross_entropy_with_logits(trust(w), better, weight=(after - before).abs().clamp_max(LARGE_PX)) + RIDGE*w[:4].square().sum()
     fitted = minimised(loss, BELIEVED)
@@ -380,7 +380,7 @@ def main(
         net, seen = deepcopy(model.pair_net), answers_again(model, pipeline.in_order('train'))
         model.pair_net = net   # with what was fitted to it before
         found = fit_trust(net, seen)
-        log.info('%s%s', found, '' if 'after' in found else f': nothing was fitted, {LEAST} of each kind are needed')
+        log.info('%s%s', found, '' if 'after' in found else f': nothing was fitted, {LEAST} that were wrong are needed')
         return save_weights(model.cpu(), Path(out), **model.facts)
     pipeline.setup()
     if not pairs_from:
