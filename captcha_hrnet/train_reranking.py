@@ -6,7 +6,7 @@
 __all__ = ['log', 'SAME_PX', 'BESIDE', 'BESIDE_PX', 'AWAY', 'HIDDEN', 'ERRORS', 'LARGE', 'CENTRE_WEIGHT', 'SIDES_WEIGHT',
            'DISTANCE_WEIGHT', 'LEAST', 'LARGE_PX', 'RIDGE', 'likely_pairs', 'by_kernels', 'beside', 'true_pairs',
            'moved', 'compared_pairs', 'turned', 'look_losses', 'true_steps', 'second_looks', 'fit_shares', 'minimised',
-           'distances', 'answers_again', 'fit_doubts', 'fit_trust', 'fit_worth', 'main']
+           'distances', 'answers_again', 'fit_doubts', 'fit_trust', 'refit_trust', 'fit_worth', 'main']
 
 # %% ../nbs/09_train_reranking.ipynb #67a5b64e
 import logging
@@ -330,6 +330,15 @@ def fit_trust(
     if errors < after.mean(): net.trust.copy_(fitted)
     return found | dict(before=after.mean().item()/2, after=min(errors, after.mean()).item()/2)
 
+def refit_trust(
+    model: CaptchaKeypointNet,   # its `pair_net` gets it; what else was fitted stays
+    loader,                      # of labelled captchas; it may have been trained on them
+) -> dict:                       # of `fit_trust`
+    "`fit_trust` alone, for pictures of one's own."
+    net, seen = deepcopy(model.pair_net), answers_again(model, loader)
+    model.pair_net = net   # as it was before
+    return fit_trust(net, seen)
+
 def fit_worth(
     net: PairNet,   # gets what the likeness of an answer is worth
     seen: dict,     # of `answers_again`
@@ -372,14 +381,12 @@ def main(
     model = load_model(weights, device).to(memory_format=torch.channels_last)
     if pairs_from: model.pair_net = load_model(pairs_from, device).pair_net
     if pairs_from and model.pair_net is None: raise UserError(f'--pairs_from {pairs_from}: has no second look')
-    if (distance_only or trust_only) and model.pair_net is None: raise UserError(f'--weights {weights}: has no second look, of which {"--distance_only could train" if distance_only else "--trust_only could fit"} a part')
+    if (distance_only or trust_only) and model.pair_net is None: raise UserError(f'--weights {weights}: has no second look, of which --distance_only and --trust_only fit a part')
     if trust_only and not model.decode_options['registration']: raise UserError(f'--weights {weights}: does not register, so there is nothing to believe')
     if model.pair_net is None: model.pair_net = PairNet().to(device, memory_format=torch.channels_last)   # otherwise it goes on
     pipeline = DataPipeline(config)
     if trust_only:
-        net, seen = deepcopy(model.pair_net), answers_again(model, pipeline.in_order('train'))
-        model.pair_net = net   # with what was fitted to it before
-        found = fit_trust(net, seen)
+        found = refit_trust(model, pipeline.in_order('train'))
         log.info('%s%s', found, '' if 'after' in found else f': nothing was fitted, {LEAST} that were wrong are needed')
         return save_weights(model.cpu(), Path(out), **model.facts)
     pipeline.setup()
