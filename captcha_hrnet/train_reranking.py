@@ -319,7 +319,7 @@ def fit_trust(
     if 'far' not in seen: return {}
     asked = seen['far'].bool() & seen['right'].bool().all(1)
     signs, (ours, theirs, truth, unsure) = seen['evidence'][asked], seen['either'][asked].unbind(2)   # each [N, 2, 2]: before and after; x, y
-    before, after = (weighed(ours, theirs, net.laid, unsure) - truth).abs().sum(2).unbind(1)
+    before, after = (weighed(ours, theirs, net.laid.cpu(), unsure) - truth).abs().sum(2).unbind(1)
     better = (after < before).double()
     found = dict(far=len(better), better=int(better.sum()))
     if found['far'] - found['better'] < LEAST: return found   # hardly anything to take back
@@ -390,15 +390,16 @@ def main(
         log.info('%s%s', found, '' if 'after' in found else f': nothing was fitted, {LEAST} that were wrong are needed')
         return save_weights(model.cpu(), Path(out), **model.facts)
     pipeline.setup()
+    model.config['model']['reranking'] = True
     if not pairs_from:
         check_step(config.train.step, device)
         asked = by_kernels(model, (config.train.batch_size, 4, config.data.input_height, config.data.input_width)) if config.train.step == 'kernels' and not distance_only else None
         second_looks(model, pipeline.train_loader, config.sched.epochs, config.optimizer.lr, config.optimizer.weight_decay,
                      amp=config.train.amp == 'bf16' and device.type != 'cpu', log_every=config.train.log_every, ema_decay=config.optimizer.ema_decay, asked=asked, distance_only=distance_only)
+        save_weights(model, Path(out), **model.facts)   # should a fit fail, nothing is lost: `pairs_from` goes on from there
     log.info('%s', fit_shares(model, pipeline.val_loader))
     seen = answers_again(model, pipeline.val_loader)
     for fit in (fit_doubts, fit_trust, fit_worth): log.info('%s', fit(model.pair_net, seen))
-    model.config['model']['reranking'] = True
     save_weights(model.cpu(), Path(out), **model.facts)
 
 # %% ../nbs/09_train_reranking.ipynb #5f75cda0

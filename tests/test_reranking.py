@@ -551,6 +551,22 @@ def test_the_command(tmp_path):
         if name not in ('shares', 'worth', 'usual'): assert torch.equal(value, two.pair_net.state_dict()[name]), name
 
 
+def test_what_was_learnt_is_kept_where_a_fit_fails(tmp_path, monkeypatch):
+    "The file holds it, and fitting goes on from there."
+    trained(tmp_path)
+    def make(out, **more): train_reranking.main(weights=str(tmp_path/'net.safetensors'), config='configs/reranking.yaml', out=str(tmp_path/out), set=LESS, **more)
+    make('whole.safetensors')
+    with monkeypatch.context() as broken:
+        broken.setattr(train_reranking, 'fit_trust', None)
+        with pytest.raises(TypeError): make('kept.safetensors')
+    make('mended.safetensors', pairs_from=str(tmp_path/'kept.safetensors'))
+    whole, kept, mended = (load_model(tmp_path/f'{name}.safetensors').state_dict() for name in ('whole', 'kept', 'mended'))
+    fitted = {f'pair_net.{name}' for name in ('shares', 'doubt', 'laid', 'trust', 'worth', 'usual')}
+    for name, value in whole.items():
+        if name not in fitted: assert torch.equal(value, kept[name]) and torch.equal(value, mended[name]), name
+    assert kept['pair_net.shares'].tolist() == [1, 0] and mended['pair_net.shares'][1] != 0
+
+
 def test_of_ones_own_pictures_only_the_trust_is_fitted(tmp_path, monkeypatch, caplog):
     "On the training captchas, each once; what was fitted before stays, and where nothing can be fitted everything does."
     trained(tmp_path, registration=True, reranking=True)
