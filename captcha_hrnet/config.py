@@ -293,6 +293,7 @@ class ModelConfig(Section):
     top_k: Annotated[int, Field(ge=1, le=100)] = 5   # candidates of each point
     same_row: bool = False                        # prefer gap and slider pairs whose y agree
     slider_left: bool = False                     # the slider piece always lies left of the gap: no other pair is considered
+    contrast: bool = False                        # where the answer is unsure, look at the picture once more with its local contrast raised
     reranking: bool = False                       # look at likely pairs of gap and slider piece again (train_reranking)
     registration: bool = False                    # correct their distance by laying the slider piece's edges over the gap's
     weights: Text | None = None                # backbone checkpoint to start from; null: random

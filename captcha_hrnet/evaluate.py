@@ -580,6 +580,7 @@ def main(
     workers: Param('processes that load pictures; 0: none', int) = 0,
     resamples: Param('of the bootstrap and the permutation test; 0: no intervals', int) = 1000,
     slider_left: Param('the slider piece always lies left of the gap: no other pair is considered', bool) = False,
+    contrast: Param('where an answer is unsure, look once more with the local contrast raised', bool) = False,
     calibrate: Param('weights file (.safetensors) to write: the same network, its scores fitted on these captchas, which should be no test set, to be probabilities', str) = None,
 ):
     "Measure a checkpoint on labelled captchas; the last line is one JSON object with every metric."
@@ -588,7 +589,9 @@ def main(
     if calibrate: _may_be_written(calibrate, compare)
     paths, at = [path for path in (weights, compare) if path], pick_device(device, 'command line')
     models = [load_model(path, at) for path in paths]
-    for model in models: model.decode_options['slider_left'] |= slider_left
+    for model in models:
+        model.decode_options['slider_left'] |= slider_left
+        model.contrast |= contrast
     if calibrate: models[0].load_state_dict(halved(models[0].state_dict()))   # what is fitted is what the file holds
     if out: make_folder(Path(out), 'out', 'command line')
     logging.basicConfig(format='%(message)s')
@@ -596,7 +599,7 @@ def main(
     with ExitStack() as stack:
         a, b = [*(_measure(stack, model, path, name, at, where, how) for model, path, name in zip(models, paths, short_names(paths))), None][:2]
         test = b and paired_test(a.predictions.errors, b.predictions.errors, resamples)
-        said = [e.to_dict() | dict(weights=path, slider_left=model.decode_options['slider_left']) for e, path, model in zip((a, b), paths, models)]
+        said = [e.to_dict() | dict(weights=path, slider_left=model.decode_options['slider_left'], contrast=model.contrast) for e, path, model in zip((a, b), paths, models)]
         values = dict(data=str(data), split=split, **said[0], **(dict(compare=said[1], difference=plain(test)) if b else {}))
         after = calibrate and _calibrated(models[0], a, calibrate, Path(data).name + f'/{split}'*Path(data).is_dir())
         if after: values |= dict(calibration=dict(zip(after, models[0].calibration.tolist())), calibrated_scores=plain(score_metrics(after)))

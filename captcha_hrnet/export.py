@@ -523,7 +523,7 @@ def export(
         says = (f'int8: points move by {cost["moved_median_px"]:.2f} px (median; 95 % by less than {cost["moved_p95_px"]:.2f} px), on {count} drawn captchas '
                 f'the mean error goes from {before["mae_px"]:.2f} to {after["mae_px"]:.2f} px, answers within 2 px from {before["hit_le_2px"]:.0f} to {after["hit_le_2px"]:.0f} %; speed {faster}. Before: float32 was {says}')
         content = eight
-    after = ['the second look']*(model.pair_net is not None) + ['registration']*model.decode_options['registration']
+    after = ['the second look']*(model.pair_net is not None) + ['registration']*model.decode_options['registration'] + ['the look with more contrast']*model.contrast
     if after: says += f"; without {' and '.join(after)}, no part of the file"
     write_file(out, content)
     return f'{out}: {form}, {len(content)/1e6:.1f} MB; {says}'

@@ -175,6 +175,7 @@ class Predictor:
         batch_size: int = 32,     # pictures that the network sees at once, ≥ 1
         flip: bool = False,       # average with the picture upside down: twice the time
         slider_left: bool = False,   # the slider piece always lies left of the gap: no other pair is considered
+        contrast: bool = False,      # where the answer is unsure, look once more with the local contrast raised
     ):
         if threshold is not None and not 0 <= threshold <= 1: raise UserError(f'threshold: value {threshold}: must be in [0, 1]')
         if batch_size < 1: raise UserError(f'batch_size: value {batch_size}: must be 1 or more')
@@ -182,7 +183,7 @@ class Predictor:
         self.model = weights.to(self.device).eval() if isinstance(weights, nn.Module) else load_model(weights, self.device)
         self.size, self.batch_size, self.flip = input_size(self.model), batch_size, flip
         self.threshold = none_below(self.model) if threshold is None else threshold
-        self.known = dict(slider_left=True) if slider_left else {}   # otherwise as the network decodes
+        self.asked = {name: True for name, said in dict(slider_left=slider_left, contrast=contrast).items() if said}   # otherwise as the network decodes
 
     def __call__(self,
         image,               # path, bytes, PIL image or array; a list of them, a folder or a pattern gives a list of answers
@@ -222,7 +223,7 @@ def _answer(self: Predictor, waiting: list):
     try: outputs = outputs_of(self.model, images.to(self.device), self.flip)
     except torch.OutOfMemoryError: raise UserError(f'out of memory: a smaller batch size than {self.batch_size} may fit') from None
     sound = torch.stack([outputs[name].flatten(1).isfinite().all(1) for name in ('gap_heatmap', 'slider_heatmap', 'offsets')]).all(0)
-    found = {name: value.cpu() for name, value in (self.model.decode_predictions(outputs, **self.known) | dict(sound=sound)).items()}
+    found = {name: value.cpu() for name, value in (self.model.decode_predictions(outputs, **self.asked) | dict(sound=sound)).items()}
     for row, (prediction, box) in enumerate(zip(waiting, boxes)): self._fill(prediction, box, {name: value[row] for name, value in found.items()})
 
 def _fill(self: Predictor, prediction: Prediction, box: Tensor, found: dict):
@@ -250,10 +251,11 @@ def main(
     batch_size: Param('pictures at once', int) = 32,
     flip: Param('average with the picture upside down: twice the time', bool) = False,
     slider_left: Param('the slider piece always lies left of the gap: no other pair is considered', bool) = False,
+    contrast: Param('where the answer is unsure, look once more with the local contrast raised', bool) = False,
     device: Param('auto, cpu, cuda, cuda:N or mps', str) = 'auto',
 ):
     "Find gap and slider in pictures: one JSON line each."
-    predictor, found, failed = Predictor(weights, device, threshold, batch_size, flip, slider_left), find_images(images), 0
+    predictor, found, failed = Predictor(weights, device, threshold, batch_size, flip, slider_left, contrast), find_images(images), 0
     if out: make_folder(Path(out), '--out', 'predict')
     for number, answer in enumerate(predictor.stream(found)):
         line = answer.to_dict()

@@ -275,7 +275,7 @@ def answers_again(
     for batch in tqdm(loader, desc='answers', disable=None, leave=False):
         batch = to_device(batch, model.calibration.device)
         outputs, image = model(batch['image']), batch['image'].float()/255
-        def answered(**options): return model.decode_predictions(outputs, calibration=UNCALIBRATED.to(image.device), **options)
+        def answered(**options): return model.decode_predictions(outputs, contrast=False, calibration=UNCALIBRATED.to(image.device), **options)
         def points_of(answers): return [answers[f'{name}_coords'].float() for name in ('gap', 'slider')]
         answers, truth = answered(), points_of(batch)
         points = points_of(answers)

@@ -315,6 +315,17 @@ def test_what_is_known_of_the_slider_is_told_here_or_in_the_configuration(home, 
     assert said[1] == said[2] != said[0]
 
 
+def test_evaluate_asks_again_where_it_is_unsure(home, tmp_path, capsys):
+    "Told here or in the configuration, it answers the same."
+    configured, said = checkpoint(tmp_path / 'contrast.pth', 1, SMALL.override('model.contrast=true')), []
+    for arguments in ([home / '1.pth'], [home / '1.pth', '--contrast'], [configured]):
+        assert run('--data', home / 'data', '--weights', *arguments) == 0
+        said.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
+        del said[-1]['weights']
+    assert [each.pop('contrast') for each in said] == [False, True, True]
+    assert said[1] == said[2]
+
+
 def test_coco_gives_the_same_numbers(home, capsys):
     said = []
     for data in (['--data', home / 'data'], ['--data', home / 'coco.json', '--images', home / 'data/val']):

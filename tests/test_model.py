@@ -1,6 +1,7 @@
 """What the model's notebook can't hold: parity on the stored references, damaged files, random shapes and maps."""
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -12,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from captcha_hrnet import model as model_module
 from captcha_hrnet.config import Config, UserError, load_config
 from captcha_hrnet.geometry import HeatmapCodec
-from captcha_hrnet.model import (BACKBONES, SHIPPED, CaptchaKeypointNet, Context, ContextLayer, CrossResolutionWeighting, LiteFPN, backbone_tensors,
+from captcha_hrnet.model import (BACKBONES, CLIP, SHIPPED, SURER, TILES, UNCALIBRATED, UNSURE, CaptchaKeypointNet, Context, ContextLayer, CrossResolutionWeighting, LiteFPN, backbone_tensors,
                                  best_pair, candidate_pairs, channel_shuffle, create_backbone, create_lite_hrnet_18_fpn, dark_offset, load_model, model_table,
-                                 place_codes, save_weights, shipped_weights)
+                                 place_codes, raised_contrast, save_weights, shipped_weights, surer_answers)
 from captcha_hrnet.predict import Predictor
 from captcha_hrnet.synth import CaptchaSynth, find_preset
 
@@ -513,3 +514,74 @@ def test_exports_as_one_graph(net):
 def test_public_names():
     promised = {'create_backbone', 'LiteFPN', 'create_lite_hrnet_18_fpn', 'load_model', 'CaptchaKeypointNet', 'model_table'}
     assert promised <= set(model_module.__all__)
+
+
+@given(seed=st.integers(0, 10**6), channels=st.sampled_from([3, 4]))
+@settings(max_examples=20, deadline=None)
+def test_raised_contrast_against_opencv(seed, channels):
+    "Inside of the mask what OpenCV makes of that part alone; all else, and the picture that was given, as it was."
+    rng = np.random.default_rng(seed)
+    (top, bottom), (left, right) = (np.sort(rng.choice(33, 2, replace=False)*2) for _ in range(2))
+    image = torch.from_numpy(rng.integers(90, 120, (2, channels, 64, 64), dtype=np.uint8))/255
+    if channels == 4: image[:, 3] = 0; image[:, 3, top:bottom, left:right] = 1
+    else: top, bottom, left, right = 0, 64, 0, 64
+    before, raised = image.clone(), raised_contrast(image)
+    assert torch.equal(image, before)
+    for picture, one in zip(image, raised):
+        inside = np.ascontiguousarray((picture[:3, top:bottom, left:right]*255).round().byte().permute(1, 2, 0).numpy())
+        light, *colours = cv2.split(cv2.cvtColor(inside, cv2.COLOR_RGB2LAB))
+        expected = cv2.cvtColor(cv2.merge([cv2.createCLAHE(CLIP, (TILES, TILES)).apply(light), *colours]), cv2.COLOR_LAB2RGB)
+        assert ((one[:3, top:bottom, left:right]*255).round().byte().permute(1, 2, 0).numpy() == expected).all()
+        one[:3, top:bottom, left:right] = picture[:3, top:bottom, left:right]
+    assert torch.equal(raised, before)
+
+
+@given(seed=st.integers(0, 10**6))
+@settings(max_examples=30, deadline=None)
+def test_surer_answers_against_a_slow_twin(seed):
+    generator = torch.Generator().manual_seed(seed)
+    def answers(count): return {name: torch.rand(count, *more, generator=generator) for name, more in dict(gap_coords=[2], slider_coords=[2], gap_score=[], slider_score=[], gap_candidates=[3, 2]).items()}
+    found = answers(6)
+    unsure = torch.minimum(found['gap_score'], found['slider_score']) < UNSURE
+    other, expected, k = answers(int(unsure.sum())), {name: value.clone() for name, value in found.items()}, 0
+    for i in unsure.nonzero()[:, 0].tolist():
+        if min(other['gap_score'][k], other['slider_score'][k]) > min(found['gap_score'][i], found['slider_score'][i]) + SURER:
+            for name in expected: expected[name][i] = other[name][k]
+        k += 1
+    surer_answers(found, unsure, other)
+    for name in found: assert torch.equal(found[name], expected[name]), name
+
+
+class Shades(torch.nn.Module):
+    "Takes the brightest part of a picture for the gap and the darkest for the slider piece, the surer the more they differ from the rest."
+    def __init__(self, contrast=False, image=True):
+        super().__init__()
+        self.codec, self.pair_net, self.contrast, self.image = HeatmapCodec(), None, contrast, image
+        self.decode_options = dict(decode='offset', top_k=3, same_row=False, slider_left=False, registration=False)
+        self.register_buffer('calibration', UNCALIBRATED.clone())
+
+    decode_predictions = CaptchaKeypointNet.decode_predictions
+
+    def forward(self, image):
+        light = F.avg_pool2d(image[:, :3].mean(1, keepdim=True), 4)*40 - 20
+        found = dict(gap_heatmap=light, slider_heatmap=-light, offsets=torch.full((len(image), 4, *light.shape[2:]), .5), valid=torch.ones_like(light, dtype=torch.bool))
+        return found | dict(image=image) if self.image else found
+
+
+@given(seed=st.integers(0, 10**6))
+@settings(max_examples=30, deadline=None)
+def test_unsure_answers_are_asked_for_again(seed):
+    "As the network or a call says, with the contrast raised; nothing changes where it is sure, or hardly surer then."
+    generator = torch.Generator().manual_seed(seed)
+    grey = F.interpolate(torch.rand(48, 1, 8, 16, generator=generator), (64, 128))
+    grey = .5 + (grey - .5)*torch.linspace(.01, .1, 48)[:, None, None, None]
+    image = torch.cat([grey.expand(-1, 3, -1, -1), torch.ones_like(grey)], 1)
+    net, asking = Shades(), Shades(contrast=True)
+    plain, asked, other = net.decode_predictions(net(image)), asking.decode_predictions(asking(image)), net.decode_predictions(net(raised_contrast(image)))
+    least = [torch.minimum(each['gap_score'], each['slider_score']) for each in (plain, other)]
+    taken = (least[0] < UNSURE) & (least[1] > least[0] + SURER)
+    assert taken.any() and not taken.all()
+    for name in plain: assert torch.equal(asked[name], torch.where(taken.view(-1, *[1]*(plain[name].ndim - 1)), other[name], plain[name])), name
+    for name, value in net.decode_predictions(net(image), contrast=True).items(): assert torch.equal(value, asked[name])
+    for name, value in asking.decode_predictions(asking(image), contrast=False).items(): assert torch.equal(value, plain[name])
+    with pytest.raises(UserError, match='contrast: the outputs hold no image'): Shades(True, image=False).decode_predictions(Shades(image=False)(image))
