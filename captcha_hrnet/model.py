@@ -758,6 +758,7 @@ def raised_contrast(
         inside.copy_(torch.from_numpy(cv2.cvtColor(lab, cv2.COLOR_LAB2RGB)).permute(2, 0, 1)/255)
     return raised
 
+# %% ../nbs/04_model.ipynb #64a9c3fa
 def surer_answers(
     found: dict[str, Tensor],   # of `decode_outputs`, of B pictures; changed
     unsure: Tensor,             # bool [B]
