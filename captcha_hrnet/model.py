@@ -10,8 +10,8 @@ __all__ = ['BACKBONES', 'UNCALIBRATED', 'HEATMAP_BIAS', 'ROW_SIGMA_PX', 'APART_P
            'smoothing', 'LiteFPN', 'full_precision', 'PredictionHead', 'place_codes', 'ContextLayer', 'Context',
            'CaptchaKeypointNet', 'values_at', 'window_at', 'soft_argmax_offset', 'gaussian_blur', 'dark_offset',
            'decode_points', 'refined_points', 'best_pair', 'scores_of', 'picked', 'candidate_pairs', 'decode_outputs',
-           'raised_contrast', 'surer_answers', 'create_lite_hrnet_18_fpn', 'halved', 'save_weights', 'read_weights',
-           'shipped_weights', 'load_model', 'OperationCounter', 'model_parts', 'model_table']
+           'raised_contrast', 'least_score', 'surer_answers', 'create_lite_hrnet_18_fpn', 'halved', 'save_weights',
+           'read_weights', 'shipped_weights', 'load_model', 'OperationCounter', 'model_parts', 'model_table']
 
 # %% ../nbs/04_model.ipynb #51d63b25
 import hashlib, json, re, warnings
@@ -759,14 +759,17 @@ def raised_contrast(
     return raised
 
 # %% ../nbs/04_model.ipynb #64a9c3fa
+def least_score(found: dict[str, Tensor]) -> Tensor:   # of `decode_outputs`; gives [B]
+    "How sure each answer is: as its less sure point."
+    return torch.minimum(found['gap_score'], found['slider_score'])
+
 def surer_answers(
     found: dict[str, Tensor],   # of `decode_outputs`, of B pictures; changed
     unsure: Tensor,             # bool [B]
     other: dict[str, Tensor],   # the same, of the unsure ones looked at otherwise
 ) -> None:
-    "Take the other answers where they are surer by `SURER`: of each, what its less sure point has."
-    def least(answers): return torch.minimum(answers['gap_score'], answers['slider_score'])
-    surer = least(other) > least(found)[unsure] + SURER
+    "Take the other answers where they are surer by `SURER`."
+    surer = least_score(other) > least_score(found)[unsure] + SURER
     taken = unsure.masked_scatter(unsure, surer)
     for name, values in found.items(): values[taken] = other[name][surer]
 
@@ -784,7 +787,7 @@ def decode_predictions(self: CaptchaKeypointNet,
         found = decode_outputs(outputs, self.codec, **how)
         if not (self.contrast if contrast is None else contrast): return found
         if 'image' not in outputs: raise UserError('contrast: the outputs hold no image, as those of a network in training do')
-        unsure = torch.minimum(found['gap_score'], found['slider_score']) < UNSURE
+        unsure = least_score(found) < UNSURE
         if unsure.any(): surer_answers(found, unsure, decode_outputs(self(raised_contrast(outputs['image'][unsure])), self.codec, **how))
         return found
 
