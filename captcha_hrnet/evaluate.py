@@ -560,6 +560,12 @@ def _may_be_written(path, compare):
     if Path(path).exists(): raise UserError(f'--calibrate {path}: is there already')
     make_folder(Path(path).parent, '--calibrate', 'command line')
 
+def _as_the_file_will_be(model):
+    "Half precision, and how it looks as the command line says; what is fitted are the scores of one look."
+    model.load_state_dict(halved(model.state_dict()))
+    model.config['model'] |= dict(slider_left=model.decode_options['slider_left'], contrast=model.contrast)
+    model.contrast = False
+
 def _calibrated(model, evaluation: Evaluation, path, on: str) -> dict:
     "Calibrate a network and write it; its points with the new scores."
     after = calibrate(model, evaluation.points)
@@ -580,7 +586,7 @@ def main(
     workers: Param('processes that load pictures; 0: none', int) = 0,
     resamples: Param('of the bootstrap and the permutation test; 0: no intervals', int) = 1000,
     slider_left: Param('the slider piece always lies left of the gap: no other pair is considered', bool) = False,
-    contrast: Param('where an answer is unsure, look once more with the local contrast raised', bool) = False,
+    contrast: Param('where an answer is unsure, look once more with the local contrast raised (default: as the network does)', str, choices=['on', 'off']) = None,
     calibrate: Param('weights file (.safetensors) to write: the same network, its scores fitted on these captchas, which should be no test set, to be probabilities', str) = None,
 ):
     "Measure a checkpoint on labelled captchas; the last line is one JSON object with every metric."
@@ -591,8 +597,8 @@ def main(
     models = [load_model(path, at) for path in paths]
     for model in models:
         model.decode_options['slider_left'] |= slider_left
-        model.contrast |= contrast
-    if calibrate: models[0].load_state_dict(halved(models[0].state_dict()))   # what is fitted is what the file holds
+        if contrast: model.contrast = contrast == 'on'
+    if calibrate: _as_the_file_will_be(models[0])
     if out: make_folder(Path(out), 'out', 'command line')
     logging.basicConfig(format='%(message)s')
     where, how = dict(data=data, split=split, images=images, on_bad_sample=on_bad_sample), dict(batch_size=batch_size, workers=workers, resamples=resamples)

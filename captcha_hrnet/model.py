@@ -835,8 +835,8 @@ def read_weights(
     except (KeyError, ValueError): return {}   # the caller says what is missing
 
 # %% ../nbs/04_model.ipynb #6b4267da
-SHIPPED = {'pretrained': '0fc7949aec34f69b8043b2f2c9d6fbdb1b12015bbf4d737a9dfbbb12a7e571c4',       # SHA-256
-           'pretrained-fast': 'ef741ae8497529693b3f985ade68fb068de26cd56f0965ff8696c059b6f4b712'}
+SHIPPED = {'pretrained': '16665517b26f085ed65d045c654b55b9b1c2edb13e845edd232cadde77e5049b',       # SHA-256
+           'pretrained-fast': '9942c3a4ded2d7a237ed8ff257467cbda5cd76b1f9d540c5966f8a08d5d0ddd0'}
 
 def shipped_weights(
     name: str,   # a key of `SHIPPED`

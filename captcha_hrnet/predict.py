@@ -175,7 +175,7 @@ class Predictor:
         batch_size: int = 32,     # pictures that the network sees at once, ≥ 1
         flip: bool = False,       # average with the picture upside down: twice the time
         slider_left: bool = False,   # the slider piece always lies left of the gap: no other pair is considered
-        contrast: bool = False,      # where the answer is unsure, look once more with the local contrast raised
+        contrast: bool | None = None,   # where the answer is unsure, look once more with the local contrast raised; None: as the network does
     ):
         if threshold is not None and not 0 <= threshold <= 1: raise UserError(f'threshold: value {threshold}: must be in [0, 1]')
         if batch_size < 1: raise UserError(f'batch_size: value {batch_size}: must be 1 or more')
@@ -183,7 +183,7 @@ class Predictor:
         self.model = weights.to(self.device).eval() if isinstance(weights, nn.Module) else load_model(weights, self.device)
         self.size, self.batch_size, self.flip = input_size(self.model), batch_size, flip
         self.threshold = none_below(self.model) if threshold is None else threshold
-        self.asked = {name: True for name, said in dict(slider_left=slider_left, contrast=contrast).items() if said}   # otherwise as the network decodes
+        self.asked = {name: said for name, said in dict(slider_left=slider_left or None, contrast=contrast).items() if said is not None}   # otherwise as the network decodes
 
     def __call__(self,
         image,               # path, bytes, PIL image or array; a list of them, a folder or a pattern gives a list of answers
@@ -251,11 +251,11 @@ def main(
     batch_size: Param('pictures at once', int) = 32,
     flip: Param('average with the picture upside down: twice the time', bool) = False,
     slider_left: Param('the slider piece always lies left of the gap: no other pair is considered', bool) = False,
-    contrast: Param('where the answer is unsure, look once more with the local contrast raised', bool) = False,
+    contrast: Param('where the answer is unsure, look once more with the local contrast raised (default: as the network does)', str, choices=['on', 'off']) = None,
     device: Param('auto, cpu, cuda, cuda:N or mps', str) = 'auto',
 ):
     "Find gap and slider in pictures: one JSON line each."
-    predictor, found, failed = Predictor(weights, device, threshold, batch_size, flip, slider_left, contrast), find_images(images), 0
+    predictor, found, failed = Predictor(weights, device, threshold, batch_size, flip, slider_left, contrast and contrast == 'on'), find_images(images), 0
     if out: make_folder(Path(out), '--out', 'predict')
     for number, answer in enumerate(predictor.stream(found)):
         line = answer.to_dict()

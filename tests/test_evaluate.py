@@ -240,6 +240,10 @@ def test_calibrating_from_the_command_line(tmp_path, capsys):
     with open_data(data, input_width=64, input_height=64) as dataset: sure = evaluate(model, dataset, resamples=0)
     answers = Predictor(model, 'cpu', 0.)([str(data / 'val' / name) for name in sure.predictions.names])
     np.testing.assert_allclose([[answer.gap_score, answer.slider_score] for answer in answers], sure.predictions.scores, atol=2e-3)
+    assert not run('--weights', weights, '--data', data, '--calibrate', tmp_path / 'twice.safetensors', '--contrast', 'on')
+    twice = load_model(tmp_path / 'twice.safetensors')     # what looks again is fitted to a first look as well
+    assert twice.contrast and not model.contrast and torch.equal(twice.calibration, model.calibration)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])['scores'] == said['scores']
 
 
 @pytest.mark.parametrize('arguments, said', [
@@ -308,12 +312,20 @@ def test_command_line(home, tmp_path):
 @pytest.mark.parametrize('name', ['slider_left', 'contrast'])
 def test_how_to_look_is_told_here_or_in_the_configuration(home, tmp_path, capsys, name):
     configured, said = checkpoint(tmp_path / 'told.pth', 1, SMALL.override(f'model.{name}=true')), []
-    for arguments in ([home / '1.pth'], [home / '1.pth', f'--{name}'], [configured]):
+    for arguments in ([home / '1.pth'], [home / '1.pth', f'--{name}', *['on']*(name == 'contrast')], [configured]):
         assert run('--data', home / 'data', '--weights', *arguments) == 0
         said.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
         del said[-1]['weights']
     assert [each.pop(name) for each in said] == [False, True, True]
     assert said[1] == said[2] and (said[1] != said[0] or name == 'contrast')   # asked again it may say the same
+
+
+def test_one_look_is_enough_if_so_told(home, tmp_path, capsys):
+    twice, said = checkpoint(tmp_path / 'twice.pth', 1, SMALL.override('model.contrast=true')), []
+    for arguments in ([home / '1.pth'], [twice, '--contrast', 'off']):
+        assert run('--data', home / 'data', '--weights', *arguments) == 0
+        said.append(json.loads(capsys.readouterr().out.splitlines()[-1]) | dict(weights=None))
+    assert said[0] == said[1] and said[0]['contrast'] is False
 
 
 def test_coco_gives_the_same_numbers(home, capsys):

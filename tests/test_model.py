@@ -169,6 +169,7 @@ def test_torn_checkpoints_are_one_line(net, tmp_path_factory, keep):
 def test_shipped_weights_find_what_they_never_saw(name):
     "On captchas of the default generator, of a seed that training never drew from: a net that has lost its weights finds none of them."
     predictor, synth = Predictor(name, 'cpu'), CaptchaSynth(load_config(find_preset('default')).synth, seed=2**31)
+    assert predictor.model.contrast
     drawn = [synth.draw(i) for i in range(40)]
     misses = [abs(answer.distance - (sample.gap[0] - sample.slider[0])) if answer.distance is not None else np.inf for answer, sample in zip(predictor([d.image for d in drawn]), drawn)]
     assert np.mean(np.array(misses) <= 5) >= .6 and np.median(misses) < 2, sorted(misses)
