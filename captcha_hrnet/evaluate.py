@@ -587,7 +587,7 @@ def main(
     resamples: Param('of the bootstrap and the permutation test; 0: no intervals', int) = 1000,
     slider_left: Param('the slider piece always lies left of the gap: no other pair is considered', bool) = False,
     contrast: Param('where an answer is unsure, look once more with the local contrast raised (default: as the network does)', str, choices=['on', 'off']) = None,
-    calibrate: Param('weights file (.safetensors) to write: the same network, its scores fitted on these captchas, which should be no test set, to be probabilities', str) = None,
+    calibrate: Param('weights file (.safetensors) to write: the same network, told what it is told here, its scores fitted on these captchas, which should be no test set, to be probabilities', str) = None,
 ):
     "Measure a checkpoint on labelled captchas; the last line is one JSON object with every metric."
     if batch_size < 1 or workers < 0 or resamples < 0: raise UserError(f'--batch_size {batch_size} --workers {workers} --resamples {resamples}: at least 1, 0 and 0')

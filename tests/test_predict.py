@@ -260,6 +260,24 @@ def test_the_command(checkpoint, tmp_path):
     assert len(pictures) == 2 and {str(path.relative_to(tmp_path)) for path in (tmp_path/'out').iterdir()} == pictures
 
 
+@pytest.mark.parametrize('said, expected', [([], [False, True]), (['--contrast', 'on'], [True, True]), (['--contrast', 'off'], [False, False])])
+def test_who_looks_once_more(checkpoint, tmp_path, monkeypatch, said, expected):
+    "What the command line says, else what the network was saved with, of one that is never sure."
+    from captcha_hrnet import model as network
+    from captcha_hrnet.config import run_command
+    from captcha_hrnet.predict import main
+    (tmp_path/'a.png').write_bytes(PNG)
+    saved, plain, looked = torch.load(checkpoint, weights_only=True), network.raised_contrast, []
+    saved['model_state_dict']['calibration'] = torch.tensor([[1e-9, 0.], [1e-9, 0.]])   # every score is a half
+    monkeypatch.setattr(network, 'raised_contrast', lambda image: looked.append(image) or plain(image))
+    for contrast, again in zip((False, True), expected):
+        saved['config']['model']['contrast'] = contrast
+        torch.save(saved, tmp_path/'saved.pth')
+        assert run_command(main.__wrapped__, [str(tmp_path/'a.png'), '--weights', str(tmp_path/'saved.pth'), '--device', 'cpu', *said]) == 0
+        assert bool(looked) is again
+        looked.clear()
+
+
 def test_mistakes_on_the_command_line(checkpoint, tmp_path, capsys):
     from captcha_hrnet.config import run_command
     from captcha_hrnet.predict import main
