@@ -309,8 +309,6 @@ class LossConfig(Section):
     margin: NotNegative = 1.0                     # how far decoys must stay below the true gap, logits
     margin_weight: NotNegative = 0.1
     angle_weight: NotNegative = 0.1               # counts with model.angle_head only
-    teacher: Text | None = None                   # network whose heat maps are learnt too: weights as load_model takes them; null: none
-    distillation_weight: NotNegative = 0.1        # of the divergence from them; counts with a teacher only
 
 # %% ../nbs/00_config.ipynb #44323db6
 class OptimizerConfig(Section):

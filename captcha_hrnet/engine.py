@@ -23,7 +23,6 @@ from tqdm.auto import tqdm
 from .augment import augmented
 from .config import UserError, write_atomically
 from .loss import CaptchaLoss
-from .model import load_model
 
 # %% ../nbs/06_engine.ipynb #6fec0f91
 def learning_rate(
@@ -223,7 +222,7 @@ class TrainingEngine:
         memory = dict(memory_format=torch.channels_last) if train.channels_last and train.step != 'kernels' else {}
         self.model = model.to(self.device, **memory)
         self.ema = make_ema(self.model, optimizer.ema_decay)
-        self.loss, self.teacher = CaptchaLoss(config.loss), self._hired(config.loss.teacher)
+        self.loss = CaptchaLoss(config.loss)
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model, optimizer.weight_decay), lr=optimizer.lr,
                                            betas=tuple(optimizer.betas), eps=optimizer.eps, fused=self.device.type in ('cpu', 'cuda'))
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=train.amp == 'fp16')
@@ -248,8 +247,8 @@ def _batch(self: TrainingEngine, batch, share, last):
     with self.parallel.no_sync() if self.parallel is not self.model and not last else nullcontext(): return self._forward_backward(batch, share)
 
 def _forward_backward(self: TrainingEngine, batch, share):
-    outputs, taught = self._forward(batch['image']), self._taught(batch['image']) if self.teacher else None
-    parts = self.loss(outputs, batch, taught)
+    outputs = self._forward(batch['image'])
+    parts = self.loss(outputs, batch)
     self.scaler.scale(parts['loss']*share).backward()
     with torch.no_grad():
         found, scale = self.model.decode_predictions(outputs), batch['letterbox'][:, :2].to(self.device, torch.float32)
@@ -258,18 +257,6 @@ def _forward_backward(self: TrainingEngine, batch, share):
 
 def _forward(self: TrainingEngine, image):
     with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None): return self.parallel(image)
-
-def _hired(self: TrainingEngine, path) -> nn.Module | None:
-    "The teacher, which learns nothing itself."
-    if path is None: return None
-    teacher = load_model(path).requires_grad_(False).to(self.device)
-    if teacher.in_channels != self.model.in_channels: raise UserError(f'loss.teacher: {path} takes pictures of {teacher.in_channels} channels, the model that learns {self.model.in_channels} (model.in_channels)')
-    return teacher
-
-@torch.no_grad()
-def _taught(self: TrainingEngine, image):
-    "The teacher's maps of a batch."
-    with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None): return self.teacher(image)
 
 def _in_parallel(self: TrainingEngine): return DistributedDataParallel(self.model)
 
@@ -330,7 +317,7 @@ def _lower_scale(self: TrainingEngine) -> bool:
 class NonFiniteError(UserError):
     "Training gave no finite loss for too many steps in a row."
 
-for method in (_arrive, _batch, _forward_backward, _forward, _hired, _taught, _in_parallel, _train_window, _open, _gradient_norm, _update, _any_process, _drop, _lower_scale): setattr(TrainingEngine, method.__name__, method)
+for method in (_arrive, _batch, _forward_backward, _forward, _in_parallel, _train_window, _open, _gradient_norm, _update, _any_process, _drop, _lower_scale): setattr(TrainingEngine, method.__name__, method)
 
 # %% ../nbs/06_engine.ipynb #c73e757f
 def train_epoch(self: TrainingEngine,

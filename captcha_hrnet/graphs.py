@@ -7,7 +7,6 @@ __all__ = ['GraphedEngine', 'check_step', 'make_engine']
 
 # %% ../nbs/06_graphs.ipynb #dc1d7402
 import itertools, time
-from importlib.util import find_spec
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -29,9 +28,7 @@ class GraphedEngine(TrainingEngine):
         self.rate, self.fade, self.share, self.norm = (torch.zeros((), device=self.device) for _ in range(4))   # learning rate; 1 - the average's decay; the batch's part of its window; of the gradient
         for group in self.optimizer.param_groups: group |= dict(lr=self.rate, capturable=self.on_gpu)
         self.stream = torch.cuda.Stream(self.device) if self.on_gpu else None
-        self.by_kernels = config.train.step == 'kernels'   # the network's maps; the teacher's too, where that can be
-        self.taught_by_kernels = self.on_gpu and self.teacher is not None and find_spec('triton') is not None and self.teacher.config['model']['name'].startswith('lite_hrnet')
-        self.inputs, self.names, self.graphs, self.made, self.compiled = None, None, {}, 0, not (self.on_gpu and self.by_kernels or self.taught_by_kernels)
+        self.inputs, self.names, self.graphs, self.made, self.compiled = None, None, {}, 0, config.train.step != 'kernels' or not self.on_gpu
 
     def _in_parallel(self):
         "Gradients are averaged by hand; to start with, all have the first process's weights."
@@ -91,19 +88,15 @@ def _stacked(self: GraphedEngine) -> Tensor:
     self.names = list(parts)
     return torch.stack([value.float() for value in parts.values()])
 
-def _forward(self: GraphedEngine, image): return self._maps(self.model, image, self.by_kernels)
-
-@torch.no_grad()
-def _taught(self: GraphedEngine, image): return self._maps(self.teacher, image, self.taught_by_kernels)
-
-def _maps(self: GraphedEngine, model, image, by_kernels):
-    if by_kernels:
+def _forward(self: GraphedEngine, image):
+    train = self.config.train
+    if train.step == 'kernels':
         from captcha_hrnet.kernels import forward
-        return forward(model, image, self.amp_dtype or torch.float32)
-    image = image.contiguous(memory_format=torch.channels_last if self.config.train.channels_last else torch.contiguous_format)
-    with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None, cache_enabled=False): return model(image)
+        return forward(self.model, image, self.amp_dtype or torch.float32)
+    image = image.contiguous(memory_format=torch.channels_last if train.channels_last else torch.contiguous_format)
+    with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None, cache_enabled=False): return self.model(image)
 
-for method in (_replayed, _train_window, _open, _batch, _compile, _stacked, _forward, _taught, _maps): setattr(GraphedEngine, method.__name__, method)
+for method in (_replayed, _train_window, _open, _batch, _compile, _stacked, _forward): setattr(GraphedEngine, method.__name__, method)
 
 # %% ../nbs/06_graphs.ipynb #a1ab23ce
 def _gradient_norm(self: GraphedEngine) -> Tensor:

@@ -906,10 +906,7 @@ def convolve(x: Pending, conv: nn.Conv2d, shared: bool = False):
     return (Pending(raw, stats=stats), *again) if shared else Pending(raw, stats=stats)
 
 def normalise(x: Pending, bn: nn.BatchNorm2d) -> Pending:
-    "What the map waits for: from its sums, or in evaluation from what was seen in training."
-    if not bn.training:
-        scale = bn.weight*(bn.running_var + bn.eps).rsqrt()
-        return Pending(x.raw, scale, bn.bias - bn.running_mean*scale)
+    "What the map waits for, from its sums."
     N, C, H, W = x.raw.shape
     scale, shift = Normalise.apply(x.stats, bn.weight, bn.bias, bn, N*H*W)
     return Pending(x.raw, scale, shift)
@@ -1000,12 +997,12 @@ def neck(fpn, maps):
 
 # %% ../nbs/05_kernels.ipynb #b1f50144
 def forward(
-    model,                                # `CaptchaKeypointNet` on Lite-HRNet (18 or 30), on the image's device
+    model,                                # `CaptchaKeypointNet` on Lite-HRNet (18 or 30), in training mode, on the image's device
     image: Tensor,                        # [B, 4, H, W], uint8 or float in [0, 1]; H and W multiples of 32
     dtype: torch.dtype = torch.bfloat16,  # of the maps; weights, statistics and sums are float32
 ) -> dict[str, Tensor]:                   # as `model(image)`: a head's maps [B, C, H/4, W/4], float32, and `valid`
-    "What `model(image)` returns, with gradients and running statistics while it trains, by the kernels."
-    if model.training: torch._foreach_add_([module.num_batches_tracked for module in model.modules() if isinstance(module, nn.BatchNorm2d)], 1)
+    "What `model(image)` returns while it trains, with gradients and running statistics, by the kernels. Never for evaluation: it normalises by the batch."
+    torch._foreach_add_([module.num_batches_tracked for module in model.modules() if isinstance(module, nn.BatchNorm2d)], 1)
     image = model.prepare(image)
     maps = backbone(model.backbone, image.to(dtype).contiguous())
     with torch.autocast(image.device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False): maps = [x.contiguous() for x in model.context(maps)]

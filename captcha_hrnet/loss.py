@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OFFSET_BETA_CELLS', 'bounded', 'focal_loss', 'neighbourhood', 'offset_loss', 'margin_loss', 'angle_loss',
-           'distillation_loss', 'CaptchaLoss']
+           'CaptchaLoss']
 
 # %% ../nbs/05_loss.ipynb #fc855291
 import torch
@@ -94,22 +94,10 @@ def angle_loss(
     cosine = (found*torch.stack([true.sin(), true.cos()], 1)).sum(1)
     return ((1 - cosine)*values_at(valid, cell[:, None])[:, 0, 0]).mean()
 
-# %% ../nbs/05_loss.ipynb #c7725017
-def distillation_loss(
-    logits: Tensor,   # [B, 1, H, W] the student's, any float type
-    taught: Tensor,   # [B, 1, H, W] the teacher's, any float type
-    valid: Tensor,    # bool [B, 1, H, W]; cells of padding weigh nothing
-) -> Tensor:          # scalar ≥ 0, mean over the pictures
-    "Kullback-Leibler divergence of the student's yes or no in each cell from the teacher's, summed over the cells, in float32."
-    logits, taught = bounded(logits), bounded(taught)
-    yes, no = (F.logsigmoid(sign*taught) - F.logsigmoid(sign*logits) for sign in (1, -1))   # log t/p, log (1 - t)/(1 - p)
-    t = taught.sigmoid()
-    return ((t*yes + (1 - t)*no)*valid).sum() / len(logits)
-
 # %% ../nbs/05_loss.ipynb #45c7650f
 class CaptchaLoss(nn.Module):
     "The whole training loss: `forward` gives a dict with every part and their weighted sum `loss`."
-    names = 'gap_focal', 'slider_focal', 'offset', 'margin', 'angle', 'distillation'
+    names = 'gap_focal', 'slider_focal', 'offset', 'margin', 'angle'
 
     def __init__(self, config):  # config.loss
         super().__init__()
@@ -118,8 +106,7 @@ class CaptchaLoss(nn.Module):
     def forward(self,
         outputs: dict,  # of the model: gap_heatmap, slider_heatmap, offsets, valid, and angle if it has that head
         batch: dict,    # gap_coords, slider_coords [B, 2], present bool [B, 2] (whether there is a gap, and a slider; without it there are), decoys [B, K, 2] in input px, decoy_mask [B, K], gap_angle [B]
-        taught: dict | None = None,   # gap_heatmap, slider_heatmap of the teacher
-    ) -> dict:          # scalars: loss, gap_focal, slider_focal, offset, margin, and angle and distillation if there is that head and a teacher
+    ) -> dict:          # scalars: loss, gap_focal, slider_focal, offset, margin and angle
         with torch.autocast(outputs['offsets'].device.type, enabled=False):
             parts, config, valid = {}, self.config, outputs['valid']
             points = dict(gap=batch['gap_coords'], slider=batch['slider_coords'])
@@ -133,7 +120,6 @@ class CaptchaLoss(nn.Module):
             parts['offset'] = sum(offset_loss(maps[n], points[n], targets[n][0], valid, self.codec, config.offset_radius_cells) for n in points) / 2
             parts['margin'] = (self._margin(outputs, batch, targets, present, 'gap', 'slider') + self._margin(outputs, batch, targets, present, 'slider', 'gap')) / 2
             if 'angle' in outputs: parts['angle'] = angle_loss(outputs['angle'], batch['gap_angle'], valid & present['gap'][:, None, None, None], targets['gap'][1])
-            if taught: parts['distillation'] = sum(distillation_loss(outputs[f'{n}_heatmap'], taught[f'{n}_heatmap'], valid) for n in points)
             return dict(loss=self.total(parts), **parts)
 
     def _target(self, points, present, size):
@@ -150,5 +136,5 @@ class CaptchaLoss(nn.Module):
     def total(self, parts: dict) -> Tensor:
         "The weighted sum of the parts."
         config = self.config
-        weights = dict(zip(self.names, (1., 1., config.offset_weight, config.margin_weight, config.angle_weight, config.distillation_weight)))
+        weights = dict(zip(self.names, (1., 1., config.offset_weight, config.margin_weight, config.angle_weight)))
         return sum(weights[name]*part for name, part in parts.items())

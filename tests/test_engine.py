@@ -24,7 +24,7 @@ from captcha_hrnet.engine import (CheckpointError, Meter, NonFiniteError, Traini
                                   newest_checkpoint, parameter_groups, random_state, save_checkpoint, set_random_state, windows)
 from captcha_hrnet.geometry import Letterbox
 from captcha_hrnet.graphs import GraphedEngine, make_engine
-from captcha_hrnet.loss import CaptchaLoss, distillation_loss
+from captcha_hrnet.loss import CaptchaLoss
 from captcha_hrnet.model import create_lite_hrnet_18_fpn
 from toys import HEIGHT, WIDTH, Loader, Toy, batch_of, joined
 
@@ -100,41 +100,6 @@ def test_an_engine_trains_on_what_augmenting_gives(kind):
     assert all(torch.equal(image, other) for image, other in zip(seen, wanted))
     again = engine_of(norm=True, kind=kind, augment=augment, train=dict(batch_size=4, accumulate=2))
     assert again.train_epoch(Loader(batches), 0)['loss'] == first['loss'] and same(learnt(again), learnt(engine))
-
-
-@pytest.fixture
-def toy_teacher(monkeypatch):
-    "Any `loss.teacher` is this network."
-    torch.manual_seed(7)
-    teacher = Toy(True).eval()
-    monkeypatch.setattr('captcha_hrnet.engine.load_model', lambda path: teacher)
-    return teacher
-
-
-@pytest.mark.parametrize('kind', [TrainingEngine, GraphedEngine])
-def test_a_student_comes_nearer_to_its_teacher_who_stays(kind, toy_teacher):
-    "It sees the pictures that the student sees, normalised by what it knows; its part of the loss is a mean over a window's pictures like the others."
-    before = copy.deepcopy(toy_teacher.state_dict())
-    batches = [batch_of(count, seed) for seed, count in enumerate((4, 4, 2))]
-    make = lambda weight, accumulate: engine_of(kind=kind, augment=dict(flip=.5), train=dict(accumulate=accumulate, batch_size=4), loss=dict(teacher='toy', distillation_weight=weight), sched=dict(epochs=12))
-    first, last = {}, {}
-    for weight in (0., 100.):
-        engine = make(weight, 1)
-        first[weight], *_, last[weight] = [engine.train_epoch(Loader(batches), epoch)['distillation'] for epoch in range(12)]
-    assert last[100.] < .8*first[100.] and last[100.] < .5*last[0.]
-    assert same(toy_teacher.state_dict(), before) and not any(p.requires_grad for p in toy_teacher.parameters())
-    engine = make(1., 3)
-    batch = engine._arrive(batches[0], 0)
-    parts, outputs = engine._forward_backward(batch, 1.), engine.model(batch['image'])
-    with torch.no_grad(): taught = toy_teacher(batch['image'])
-    assert parts['distillation'].item() == pytest.approx(sum(distillation_loss(outputs[name], taught[name], outputs['valid']).item() for name in ('gap_heatmap', 'slider_heatmap')), rel=1e-5)
-
-
-def test_accumulation_with_a_teacher_is_the_big_batch(toy_teacher):
-    batches = [batch_of(count, seed) for seed, count in enumerate((4, 4, 2))]
-    engines = [engine_of(train=dict(accumulate=accumulate), loss=dict(teacher='toy')) for accumulate in (3, 1)]
-    for engine, window in zip(engines, (batches, [joined(batches)])): engine._train_window(window)
-    for a, b in zip(*(engine.model.parameters() for engine in engines)): torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize('step', ['graphs', 'kernels'])
@@ -407,11 +372,11 @@ def test_meter_keeps_small_things_beside_large_ones():
 
 # stopping and going on
 
-@pytest.mark.parametrize('accumulate, teacher', [(1, None), (2, None), (2, 'toy')])
+@pytest.mark.parametrize('accumulate', [1, 2])
 @pytest.mark.parametrize('kind', [TrainingEngine, GraphedEngine])
-def test_stopped_anywhere_and_resumed_is_not_stopped(accumulate, teacher, kind, tmp_path, toy_teacher):
+def test_stopped_anywhere_and_resumed_is_not_stopped(accumulate, kind, tmp_path):
     batches = [batch_of(4, seed) for seed in range(5)]
-    make = lambda: engine_of(norm=True, kind=kind, train=dict(accumulate=accumulate, batch_size=4), loss=dict(teacher=teacher))
+    make = lambda: engine_of(norm=True, kind=kind, train=dict(accumulate=accumulate, batch_size=4))
     straight, per_epoch = make(), math.ceil(5/accumulate)
     results = [straight.train_epoch(Loader(batches), epoch) for epoch in range(2)]
     for stop_at in range(1, 2*per_epoch):

@@ -10,8 +10,6 @@ HEIGHT, WIDTH = 32, 64
 
 class Toy(nn.Module):
     "A network with every output of the real one, in a millisecond."
-    in_channels, config = 4, {'model': {'name': 'toy'}}
-
     def __init__(self, norm: bool, width=6):
         super().__init__()
         self.body = nn.Sequential(nn.Conv2d(4, width, 4, stride=4), nn.BatchNorm2d(width) if norm else nn.Identity(), nn.GELU())
