@@ -382,6 +382,7 @@ def _share_average(self: Run):
 def fit(self: Run) -> dict:  # metrics of the best epoch; empty if the run was stopped
     "Train until the last epoch, until early stopping, or until asked to stop."
     self._take_place()
+    if self.rank == 0: self.manager.save()
     loaders, self.first_epoch = (self.pipeline.train_loader, self.pipeline.val_loader), self.engine.epoch
     with stop_on_signals(self.engine), patient_workers(*loaders), logging_redirect_tqdm([log]):
         for epoch in tqdm(range(self.first_epoch, self.config.sched.epochs), 'run', unit='epoch', leave=False, disable=None if self.rank == 0 else True):
@@ -502,16 +503,11 @@ def main(
     if not config: anno_parser(main.__wrapped__, 'python -m captcha_hrnet.train').error('--config is needed, for example configs/quickstart.yaml')
     manager = ConfigManager(config, set or ())
     try:
-        with clear_errors(manager.config.train): _fit(manager, resume)
+        with clear_errors(manager.config.train): Run(manager, resume).fit()
     finally:
         if dist.is_initialized():
             gc.collect()   # the run and its engine hold each other, and with them the group, whose threads must have ended before the interpreter does
             dist.destroy_process_group()
-
-def _fit(manager, resume):
-    run = Run(manager, resume)
-    if run.rank == 0: manager.save()
-    run.fit()
 
 # %% ../nbs/09_train.ipynb #80d1f92a
 #| eval: false
