@@ -15,7 +15,7 @@ import ipywidgets as W
 import numpy as np
 from tqdm.auto import tqdm
 from .config import UserError
-from .data import CaptchaDataset, check_record, read_image
+from .data import CaptchaDataset, check_record, names_in_split, read_image
 from .engine import write_file
 from .predict import SUFFIXES
 from .widget import CSS, control_look, data_uri, lens, mark, numbered_slider, svg, wrapping_row
@@ -101,7 +101,7 @@ def change(self: Annotations,
     there = {point: [round(float(v), 2) for v in points[point]] for point in NAMES if point in points}
     record = dict(image=name, width=width, height=height) | there | {point: None for point in NAMES if rest.get(f'no_{point}')} | rest
     if wrong := check_record(dict(gap=[0, 0], slider=[0, 0]) | record): raise UserError('; '.join(wrong))
-    self._put(name, _line(record) if points else None)
+    self._put(name, _line(record) if points or rest.keys() - {'image', 'width', 'height'} else None)
     self.history.append((name, before))
 
 def undo(self: Annotations) -> str | None:  # the picture; None if nothing was changed since the folder was opened
@@ -358,16 +358,16 @@ def split_labels(
     if there := [data/split for split in ('train', 'val') if (data/split).exists()]: raise UserError(f'{there[0]}: is there already: name another folder')
     labels = CaptchaDataset(folder.parent, folder.name).labels   # raises for a bad one
     records = [json.loads(line) for line in labels.path.read_text('utf-8-sig').split('\n') if line.strip()]
+    names = names_in_split(records, labels.path)
     sides = ['val' if _fraction(folder/record['image']) < val else 'train' for record in records]
     if len({*sides}) < 2: raise UserError(f'{labels.path}: all of its {len(records)} pictures fall into {sides[0]}: label more, or choose another val')
     for side in ('train', 'val'):
-        own = [record for record, theirs in zip(records, sides) if theirs == side]
-        for record in own:
-            name = 'images/' + record['image'].removeprefix('images/')
+        own = [(record, name) for record, name, theirs in zip(records, names, sides) if theirs == side]
+        for record, name in own:
             (data/side/name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder/record['image'], data/side/name)
             record['image'] = name
-        write_file(data/side/'labels.jsonl', ''.join(_line(record) + '\n' for record in own).encode())
+        write_file(data/side/'labels.jsonl', ''.join(_line(record) + '\n' for record, _ in own).encode())
     return {side: sides.count(side) for side in ('train', 'val')}
 
 def _fraction(path) -> float:  # in [0, 1)

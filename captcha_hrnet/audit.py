@@ -28,7 +28,7 @@ from .data import CaptchaDataset, make_sample
 from .evaluate import CHART, INK, PAGES, SERIES, chart, checkpoint_config, html_table, label_values, open_data, pictured_answer, render, span, write_report
 from .geometry import unletterbox
 from .model import load_model
-from .synth import FACTORS, CaptchaSynth, add_perlin, colour_shifted, jpeg, noisy, out_of_focus
+from .synth import FACTORS, CaptchaSynth, add_perlin, at_hand, colour_shifted, jpeg, noisy, out_of_focus
 from .train import plain
 from .validator import group_metrics, sample_errors
 from .widget import legend, original_picture
@@ -223,7 +223,7 @@ class OwnLevel(Dataset):
 
     def __getitem__(self, i):
         label, before, after = self.source.labels[self.source.rows[i]], original_picture(self.source, i), self.picture(i)
-        side = max(self.sizes[i]) if self.sizes[i] else before.shape[0]/3
+        side = np.max(self.sizes[i]) if self.sizes[i] else before.shape[0]/3
         box = around(np.array(label['gap']) + [[-side/2], [side/2]])
         sample = make_sample(after, label | dict(flags={}, decoys=[]), i, self.source.input_width, self.source.input_height)
         return sample | dict(visibility=np.nan, similarity=similarity(after, before, box))
@@ -320,7 +320,8 @@ def audit(
     overrides=(),                 # of the run's configuration, 'synth.background_dir=null' say
 ) -> Audit:
     "Measure what each factor costs the machine, and what it takes from people."
-    config = checkpoint_config(model, weights).override(*overrides)
+    config = checkpoint_config(model, weights)
+    config = config.model_copy(update=dict(synth=at_hand(config.synth))).override(*overrides)
     trained = {name: getattr(config.synth, name).p if config.data.source == 'synthetic' else None for name in FACTORS}
     at = strengths[(len(strengths) - 1)//2]
     result = Audit(dict(weights=weights, metric=metric, samples=samples, seed=seed, strengths=list(strengths), pair_strength=at, trained_with=trained), {}, [], [], {})

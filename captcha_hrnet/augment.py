@@ -48,12 +48,13 @@ def recolored(
     "Pictures in other colours."
     change = strength*(2*draw - 1)[:, :, None, None]
     rgb = image[:, :3].float()
-    mean = rgb.mean((2, 3), keepdim=True).mean(1, keepdim=True)
+    inside = image[:, 3:4] > 0 if image.shape[1] > 3 else torch.ones_like(image[:, :1], dtype=torch.bool)
+    mean = (rgb*inside).sum((1, 2, 3), keepdim=True)/(3*inside.sum((1, 2, 3), keepdim=True)).clamp_min(1)   # of the picture, not of its padding
     rgb = mean + (rgb - mean)*(.7*change[:, 1:2]).exp()                           # contrast
     grey = rgb.mean(1, keepdim=True)
     rgb = grey + (rgb - grey)*(1 + change[:, 2:3])                                # colourfulness
     rgb = (rgb*(.3*change[:, 3:6]).exp()*(.7*change[:, :1]).exp()).round().clamp(0, 255).to(torch.uint8)
-    return torch.cat([torch.where(image[:, 3:4] > 0, rgb, 0), image[:, 3:]], 1) if image.shape[1] > 3 else rgb
+    return torch.cat([torch.where(inside, rgb, 0), image[:, 3:]], 1)
 
 # %% ../nbs/05_augment.ipynb #f6a836c0
 def augmented(

@@ -6,10 +6,10 @@
 __all__ = ['MAX_SIDE', 'MIN_SIDE', 'FORMATS', 'NONE', 'MAX_LINE', 'MAX_FLAGS', 'log', 'ORIGINS', 'read_image', 'check_record',
            'LabelTable', 'make_sample', 'CaptchaDataset', 'SyntheticDataset', 'cached_file', 'PackedDataset',
            'PackedLoader', 'TrainBatches', 'EvalBatches', 'DataPipeline', 'loader_speed', 'read_coco', 'write_coco',
-           'main']
+           'names_in_split', 'main']
 
 # %% ../nbs/03_data.ipynb #67d12a1e
-import gc, glob, hashlib, io, itertools, json, logging, math, os, posixpath, re, reprlib, shutil, time
+import gc, glob, hashlib, io, itertools, json, logging, math, os, posixpath, re, reprlib, shutil, struct, time
 from array import array
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -111,6 +111,9 @@ def check_record(
     else:
         for decoy in decoys: _check_point(record, 'a decoy', decoy, problems)
     if not _is_number(angle): problems.append(f'gap_angle is {_short.repr(angle)}; degrees are needed')
+    size = record.get('piece_size', [0, 0])
+    sides = size if isinstance(size, list) else [size, size]
+    if len(sides) != 2 or not all(_is_number(side) and side >= 0 for side in sides): problems.append(f'piece_size is {_short.repr(size)}; px, or [width, height] in px, are needed')
     flags = {key: value for key, value in record.items() if key.startswith('has_')}
     problems += [f'{key} is {_short.repr(value)}; true or false is needed' for key, value in flags.items() if type(value) is not bool]
     return problems + [f'{_short.repr(key)} is no name for a flag; letters, digits and _ are' for key in flags if not key.isidentifier()]
@@ -477,7 +480,9 @@ def _write(self: PackedDataset, file):
     "All samples, in the format of `np.save`; written, not mapped: a full disk is then an error and no crash."
     need, free = self.dtype.itemsize*len(self), shutil.disk_usage(Path(file.name).parent).free
     if need > free: raise UserError(f'{file.name}: {need/1e9:.1f} GB are needed, {free/1e9:.1f} GB are free: name another data.cache')
-    np.lib.format.write_array_header_2_0(file, dict(descr=self.dtype.descr, fortran_order=False, shape=(len(self),)))
+    header = repr(dict(descr=self.dtype.descr, fortran_order=False, shape=(len(self),))).encode()   # NumPy itself writes no names of flags beyond Latin-1
+    header += b' '*(-(12 + len(header) + 1) % 64) + b'\n'
+    file.write(np.lib.format.magic(3, 0) + struct.pack('<I', len(header)) + header)
     records = DataLoader(self.source, batch_size=None, num_workers=self.workers, collate_fn=self._record, worker_init_fn=_one_thread)
     with tqdm(total=len(self), desc=f'packing {self.source.place}', unit=' samples', disable=None, leave=False) as bar:
         for record in records:   # not `tqdm(records)`, which starts a second set of workers
@@ -706,6 +711,18 @@ def write_coco(
     write_atomically(path, json.dumps(tree, indent=1).encode())
 
 # %% ../nbs/03_data.ipynb #45362388
+def names_in_split(
+    records: list[dict],   # labels
+    source,                # where they are from, for the error
+) -> list[str]:            # of the pictures, in a split's folder
+    "Pictures lie in `images`; two that would lie on one another are a `UserError`."
+    names = ['images/' + posixpath.normpath(record['image']).removeprefix('images/') for record in records]
+    taken = {}
+    for record, name in zip(records, names):
+        if name in taken: raise UserError(f'{source}: {taken[name]} and {record["image"]} would both become {name}: rename one of them')
+        taken[name] = record['image']
+    return names
+
 def _import(path, images: Path, folder: Path, **how) -> int:
     "Make a split's folder of a COCO file and its pictures; nothing is written unless all are good."
     if (folder/'labels.jsonl').exists(): raise UserError(f'{folder/"labels.jsonl"}: is there already: name another --data or --split')
@@ -714,8 +731,8 @@ def _import(path, images: Path, folder: Path, **how) -> int:
         height, width = read_image(images/record['image']).shape[:2]
         if (width, height) != (record['width'], record['height']):
             raise UserError(f'{images/record["image"]} is {width}×{height} px; {path} says {record["width"]}×{record["height"]}')
-    for record in tqdm(records, 'copying', disable=None, leave=False):
-        name = 'images/' + record['image'].removeprefix('images/')
+    names = names_in_split(records, path)
+    for record, name in zip(tqdm(records, 'copying', disable=None, leave=False), names):
         (folder/name).parent.mkdir(parents=True, exist_ok=True)
         if (folder/name).resolve() != (images/record['image']).resolve(): shutil.copyfile(images/record['image'], folder/name)
         record['image'] = name

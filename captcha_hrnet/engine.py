@@ -74,15 +74,16 @@ def make_ema(
 
 # %% ../nbs/06_engine.ipynb #a7ba0a10
 class Meter:
-    "Running means of named scalars, summed on their device in float64 (float32 on MPS)."
-    def __init__(self): self.sums, self.count = {}, 0
+    "Running means of named scalars, summed on their device in float64 (float32 on MPS); NaN is nothing to count."
+    def __init__(self): self.sums = {}   # name -> [2], of the values and how many they were
 
     def add(self, values: dict):
         "Add one scalar tensor for each name."
-        self.count += 1
         for name, value in values.items():
             value = value.detach()
             value = value.float() if value.device.type == 'mps' else value.double()
+            known = ~value.isnan()
+            value = torch.stack([value.where(known, 0.), known.to(value.dtype)])
             self.sums[name] = self.sums[name] + value if name in self.sums else value
 
     def share(self):
@@ -93,14 +94,14 @@ class Meter:
         self.sums = dict(zip(self.sums, values/dist.get_world_size()))
 
     def means(self) -> dict[str, float]:
-        "The means so far; the one place that waits for the device."
-        return {name: (total/self.count).item() for name, total in self.sums.items()}
+        "The means so far, NaN where there was nothing; the one place that waits for the device."
+        return {name: (total/count).item() for name, (total, count) in self.sums.items()}
 
-    def state_dict(self) -> dict: return dict(sums=dict(self.sums), count=self.count)
+    def state_dict(self) -> dict: return dict(sums=dict(self.sums))
 
     def load_state_dict(self, state, device):
         "Go on from a saved state."
-        self.sums, self.count = {name: value.to(device) for name, value in state['sums'].items()}, state['count']
+        self.sums = {name: value.to(device) for name, value in state['sums'].items()}
 
 # %% ../nbs/06_engine.ipynb #c0b8568c
 class CheckpointError(UserError):
@@ -252,7 +253,7 @@ def _forward_backward(self: TrainingEngine, batch, share):
     self.scaler.scale(parts['loss']*share).backward()
     with torch.no_grad():
         found, scale = self.model.decode_predictions(outputs), batch['letterbox'][:, :2].to(self.device, torch.float32)
-        for name in ('gap', 'slider'): parts[f'{name}_mae'] = ((found[f'{name}_coords'] - batch[f'{name}_coords']).abs()/scale).nanmean().nan_to_num()   # NaN: there is none
+        for name in ('gap', 'slider'): parts[f'{name}_mae'] = ((found[f'{name}_coords'] - batch[f'{name}_coords']).abs()/scale).nanmean()   # NaN: there is none
     return {name: value.detach() for name, value in parts.items()}
 
 def _forward(self: TrainingEngine, image):

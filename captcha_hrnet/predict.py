@@ -64,7 +64,7 @@ def draw(self: Prediction,
 ) -> np.ndarray:        # uint8 [H, W, 3], RGB
     "The picture with the points that were found, and an arrow from slider to gap."
     if self.pixels is None: raise UserError(f'{self.image}: there is no picture to draw on ({self.error})')
-    times = max(1, round(width/self.pixels.shape[1]))
+    times = max(1, min(round(width/self.pixels.shape[1]), 16384//max(self.pixels.shape[:2])))   # a JPEG ends at 65,500 px
     picture = np.ascontiguousarray(cv2.resize(self.pixels, None, fx=times, fy=times, interpolation=cv2.INTER_CUBIC))
     found = [times*np.array(point) for point in (self.slider, self.gap) if point is not None]
     if len(found) == 2:
@@ -193,7 +193,7 @@ class Predictor:
         several = isinstance(image, (list, tuple))
         found = find_images(image if several else [image])
         answers = list(self.stream(found, bgr))
-        return answers if several or isinstance(image, (str, os.PathLike)) and (len(found) > 1 or found[0][0] != os.fspath(image)) else answers[0]
+        return answers if several or isinstance(image, (str, os.PathLike)) and (len(found) > 1 or found[0][0] != os.fspath(image) or found[0][2] is not None) else answers[0]
 
     def stream(self,
         found: list,         # of `find_images`
@@ -263,7 +263,7 @@ def main(
             failed += 1
             tqdm.write(f'error: {answer.error}', file=sys.stderr)
         elif out:
-            line['picture'] = str(Path(out)/f'{number:06}-{Path(answer.image).stem[:80]}.png')
+            line['picture'] = str(Path(out)/f'{number:06}-{Path(answer.image).stem.encode()[:200].decode(errors="ignore")}.png')
             write_file(line['picture'], answer.encoded())
         print(json.dumps(line), flush=True)
     if failed: raise UserError(f'{failed} of {len(found)} pictures could not be answered')

@@ -96,7 +96,7 @@ class DistanceHead(nn.Module):
         votes, weights = self.votes(found).float().flatten(2).chunk(2, 1)
         apart = (votes*weights.softmax(2)).sum(2)
         differ = ((apart - laid).detach().abs() + .1).log()   # where they say the same it is all the same
-        return apart, self.doubt(torch.cat([found.mean((2, 3)), found.amax((2, 3)), differ], 1)).float()
+        return apart, self.doubt(torch.cat([found.mean((2, 3)), found.amax((2, 3)), differ.to(found)], 1)).float()
 
 SURE = -1e4   # log px: not off at all, so that another opinion has no weight
 BELIEVED = [0., 0., 0., 0., 1.]   # whatever the evidence
@@ -243,7 +243,7 @@ def believed(
     if not back.any(): return laid, seen
     image, *places = (each[back] for each in (image, *found, *laid))
     again = outline_of(net, image, *places[:2])
-    wrong = evidence(image, places[:2], places[2:], again, [each[back] for each in seen]) @ net.trust[:4] + net.trust[4] < 0
+    wrong = evidence(image, places[:2], places[2:], again, [each[back] for each in seen]).to(net.trust) @ net.trust[:4] + net.trust[4] < 0
     back = back.masked_scatter(back, wrong)
     return [torch.where(back[:, None], *points) for points in zip(found, laid)], [each.index_put((back,), other[wrong]) for each, other in zip(seen, again)]
 

@@ -7,18 +7,20 @@ __all__ = ['SPLITS', 'PARTS', 'POINTS', 'FULL_TURN', 'SHAPES', 'KNOBS', 'BACKGRO
            'PHOTO_MEMORY', 'GAP_STYLES', 'SLIDER_STYLES', 'FACTORS', 'MAX_ANGLE', 'ARCS', 'ARC_POINTS', 'CHUNK',
            'QUICK_PNG', 'Streams', 'register', 'choose', 'chance', 'box_centre', 'unit', 'rotated', 'spaced',
            'smoothed', 'to_cv2', 'coverage', 'polar', 'turn', 'jigsaw_outline', 'make_outline', 'palette', 'one_colour',
-           'colourised', 'random_bytes', 'fractal_noise', 'photo_key', 'read_photo', 'PhotoFolder', 'with_light',
-           'add_grey', 'Stamp', 'hollow_out', 'perlin_noise', 'add_perlin', 'add_highlight', 'brighten_edge',
-           'paint_gap', 'paint_slider', 'roll_factors', 'Plan', 'picture_sizes', 'lay_out_scene', 'free_place',
-           'other_row', 'place_pieces', 'likeness', 'decoy_outline', 'add_decoys', 'make_plan', 'add_clutter', 'scaled',
-           'out_of_focus', 'colour_shifted', 'noisy', 'jpeg', 'apply_camera', 'measure_visibility', 'Sample',
-           'flags_of', 'finish', 'CaptchaSynth', 'contact_sheet', 'draw_labels', 'browse', 'part_path', 'image_name',
-           'write_chunk', 'start_worker', 'run_chunk', 'read_lines', 'chunks_to_do', 'close_split', 'claim_folder',
-           'default_workers', 'run_jobs', 'write_dataset', 'find_preset', 'main']
+           'colourised', 'random_bytes', 'fractal_noise', 'photo_key', 'read_photo', 'PhotoFolder', 'at_hand',
+           'with_light', 'add_grey', 'Stamp', 'hollow_out', 'perlin_noise', 'add_perlin', 'add_highlight',
+           'brighten_edge', 'paint_gap', 'paint_slider', 'roll_factors', 'Plan', 'picture_sizes', 'lay_out_scene',
+           'free_place', 'other_row', 'place_pieces', 'likeness', 'decoy_outline', 'add_decoys', 'make_plan',
+           'add_clutter', 'scaled', 'out_of_focus', 'colour_shifted', 'noisy', 'jpeg', 'apply_camera',
+           'measure_visibility', 'Sample', 'flags_of', 'finish', 'CaptchaSynth', 'contact_sheet', 'draw_labels',
+           'browse', 'part_path', 'image_name', 'write_chunk', 'start_worker', 'run_chunk', 'read_lines',
+           'chunks_to_do', 'close_split', 'claim_folder', 'default_workers', 'run_jobs', 'write_dataset', 'find_preset',
+           'main']
 
 # %% ../nbs/02_synth.ipynb #1de0122e
 import hashlib
 import json
+import logging
 import multiprocessing
 import os
 import shutil
@@ -643,6 +645,15 @@ class PhotoFolder:
             part = cv2.resize(part[:2 * h, :2 * w], (w, h), interpolation=cv2.INTER_AREA)
         part = cv2.resize(part, (width, height), interpolation=cv2.INTER_LINEAR if size > 1 else cv2.INTER_CUBIC)
         return cv2.flip(part, 1) if flip else part
+
+def at_hand(
+    config: SynthConfig,  # of a run, perhaps of another machine
+) -> SynthConfig:
+    "The same, with the photographs of the package where the run's are not here; that is said."
+    folder = config.background_dir
+    if folder in (None, "package") or Path(folder).is_dir(): return config
+    logging.getLogger("captcha_hrnet").warning("synth.background_dir: %s, of the network's run, is not here: drawn on the photographs of the package", folder)
+    return config.model_copy(update=dict(background_dir="package"))
 
 # %% ../nbs/02_synth.ipynb #81c4de76
 def with_light(

@@ -245,7 +245,7 @@ class Run:
         except (CheckpointError, ValidationError) as error: raise CheckpointError(f'{self.resumed}: {_first_line(error)}') from None
         self.validator.load_state_dict(state.validator.model_dump())
         best = Path(self.resumed).with_name('best_model.pth')   # copied only now that the checkpoint is known to be this model's
-        if not from_first(self._bring_best(best) if self.rank == 0 else None): self.validator.best = None
+        if not from_first(self._bring_best(best, state.validator) if self.rank == 0 else None): self.validator.best = None
         stopped_early = self.engine.epoch < state.config.sched.epochs
         self.done = state.done and (stopped_early or self.engine.epoch >= self.config.sched.epochs)   # more epochs may be asked for now
         log.info('resumed from %s: epoch %d, batch %d', self.resumed, self.engine.epoch, self.engine.epoch_step)
@@ -259,12 +259,14 @@ class Run:
         if changed: log.info('changed since the checkpoint: %s', '; '.join(changed))
         return str(path), state
 
-    def _bring_best(self, theirs) -> bool:
-        "The best so far belongs to the run that goes on, also when it goes on in another folder; False if there is none that is whole."
+    def _bring_best(self, theirs, judged) -> bool:
+        "The best so far belongs to the run that goes on, also when it goes on in another folder; False if there is none that is whole, or another run's or of an epoch that is given up."
         ours = self.manager.checkpoint_dir/'best_model.pth'
         if not theirs.exists(): return False
-        try: load_checkpoint(theirs)
+        try: known = load_checkpoint(theirs).get('validator')
         except CheckpointError as error: return log.warning('%s; the next best epoch takes its place', error)
+        if not isinstance(known, dict) or any(known.get(key) != getattr(judged, key) for key in ('best', 'best_epoch')):
+            return log.warning('%s: not the best of the epochs that this run goes on from; the next best epoch takes its place', theirs)
         if ours.resolve() != theirs.resolve(): write_file(ours, theirs.read_bytes())
         return True
 

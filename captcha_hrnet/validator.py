@@ -54,10 +54,11 @@ def bootstrap_intervals(
     "Percentile bootstrap intervals of all metrics."
     count = len(errors['error'])
     if not resamples or not count: return {}
-    pick = np.random.default_rng(0).integers(0, count, (resamples, count))
-    drawn = metrics_of({name: value[pick] for name, value in errors.items()})
-    tail = 50*(1 - level)
-    return {name: np.percentile(value, [tail, 100 - tail]).tolist() for name, value in drawn.items()}
+    rng, part, tail, drawn = np.random.default_rng(0), max(1, 10**6//count), 50*(1 - level), []   # some resamples at once: memory does not grow with their number
+    for start in range(0, resamples, part):
+        pick = rng.integers(0, count, (min(part, resamples - start), count))
+        drawn.append(metrics_of({name: value[pick] for name, value in errors.items()}))
+    return {name: np.percentile(np.concatenate([found[name] for found in drawn]), [tail, 100 - tail]).tolist() for name in drawn[0]}
 
 # %% ../nbs/07_validator.ipynb #c51b4afa
 def of_all_processes(value) -> list:
@@ -163,7 +164,7 @@ def _batch(self: Validator, model, batch, meter):
 
 def _mean_over_processes(self: Validator, meter) -> dict:
     "Loss parts as means over all samples of all processes."
-    parts = [part for part in of_all_processes({name: value.item() for name, value in meter.sums.items()}) if part]
+    parts = [part for part in of_all_processes({name: total.item() for name, (total, _) in meter.sums.items()}) if part]
     sums = {name: sum(part[name] for part in parts) for name in parts[0]}
     count = sums.pop('count')
     return {name: value/count for name, value in sums.items()}

@@ -415,7 +415,7 @@ def _filter(self: Browser, change=None):
                   self.search.value, self.sort.value)
     moved, self.rows = not np.array_equal(rows, self.rows), rows
     self.metrics.value = f'<div class="chv">{metrics_html(self.models, rows, self.threshold.value)}</div>'
-    if moved: self._restart()
+    self._restart() if moved else self._show()   # the threshold decides what is shown of the same rows
 
 def _restart(self: Browser):
     "Fit the sliders to the selection; show its first."

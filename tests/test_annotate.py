@@ -186,6 +186,25 @@ def test_a_disk_that_cannot_be_written_is_a_line_and_no_change(folder, monkeypat
     assert tool.said.value == '' and len(CaptchaDataset(folder.parent, 'train')) == 1
 
 
+def test_clearing_takes_two_points_and_nothing_else(folder):
+    "Flags and decoys that a label came with outlive its points, on the disk as well."
+    rest = dict(has_rotation=True, decoys=[[3, 4]], shape='star', no_slider=True)
+    (folder/'labels.jsonl').write_text(json.dumps(dict(image='images/0.png', width=60, height=30, gap=[30, 10], slider=None, **rest)) + '\n')
+    store = Annotations(folder)
+    store.change('images/0.png', {})
+    assert store.points('images/0.png') == {} and not store.is_whole('images/0.png')
+    again = Annotations(folder)
+    again.change('images/0.png', dict(gap=[20, 9], slider=[5, 9]))
+    assert json.loads((folder/'labels.jsonl').read_text()) == dict(image='images/0.png', width=60, height=30, gap=[20, 9], slider=[5, 9], has_rotation=True, decoys=[[3, 4]], shape='star')
+
+
+def test_two_pictures_of_one_name_are_not_split(folder, tmp_path):
+    Image.new('RGB', (50, 50)).save(folder/'0.png')
+    for name in ('0.png', 'images/0.png', 'images/1.png', 'images/3.png'): Annotations(folder).change(name, dict(gap=[9, 9], slider=[3, 9]))
+    with pytest.raises(UserError, match='images/0.png and 0.png would both become images/0.png|0.png and images/0.png would both become images/0.png'): split_labels(folder, tmp_path/'data', .5)
+    assert not (tmp_path/'data').exists()
+
+
 def test_a_split_is_decided_by_content_alone(folder, tmp_path):
     shutil.copy(folder/'images/0.png', folder/'again.png')
     tool = Annotator(folder)

@@ -1,9 +1,10 @@
 """Changed training pictures: their points, angles, masks and letterboxes go with them, and nothing else changes."""
+import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from captcha_hrnet.augment import augmented
+from captcha_hrnet.augment import augmented, recolored
 from captcha_hrnet.config import AugmentConfig
 from captcha_hrnet.geometry import Letterbox, letterbox, unletterbox
 from toys import batch_of
@@ -100,3 +101,15 @@ def test_nothing_asked_for_is_nothing_done():
     assert not torch.equal(color['image'][:, :3], batch['image'][:, :3]) and torch.equal(color['image'][:, 3], batch['image'][:, 3])
     for name in ('gap_coords', 'slider_coords', 'decoys', 'gap_angle'): assert torch.equal(color[name], batch[name])
     torch.testing.assert_close(color['letterbox'], batch['letterbox'], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize('where', [(0, 16), (16, 48), (40, 56)])
+def test_colours_do_not_depend_on_the_padding(where):
+    "A contrast that turned about the mean of picture and padding would be a brightness."
+    image = torch.randint(0, 256, (2, 4, 32, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    image[:, 3], picture = 255, slice(*where)
+    alone, draw = image[..., picture], torch.rand(2, 6, generator=torch.Generator().manual_seed(2))
+    padded = torch.zeros_like(image)
+    padded[..., picture] = alone
+    assert (recolored(padded, draw, 1.)[..., picture].int() - recolored(alone.contiguous(), draw, 1.).int()).abs().max() <= 1
+    assert torch.equal(recolored(alone[:, :3], draw, 1.), recolored(alone, draw, 1.)[:, :3])

@@ -728,6 +728,23 @@ def test_command_line(split, tmp_path, capsys):
     assert status.value.code == 2
 
 
+def test_flags_of_any_language_are_packed(split):
+    write_lines(split, [GOOD | {"has_旋转": True}])
+    packed_one = packed(split)[0]
+    assert packed_one["has_旋转"] == load(split)[0]["has_旋转"] and same(packed_one, load(split)[0])
+
+
+def test_two_pictures_of_one_name_are_not_imported(tmp_path, capsys):
+    folder = tmp_path / "source"
+    (folder / "images").mkdir(parents=True)
+    for name in ("a.png", "images/a.png"): saved(folder / name, grey(9))
+    records = [dict(GOOD, image=name) for name in ("a.png", "images/a.png")]
+    write_coco(folder / "labels.json", records)
+    assert run_command(module.main, ["--read", str(folder / "labels.json"), "--data", str(tmp_path / "data")]) == 1
+    assert "a.png and images/a.png would both become images/a.png" in capsys.readouterr().err
+    assert not (tmp_path / "data").exists()
+
+
 def test_packing_reads_the_source_once(tmp_path, monkeypatch):
     """A second set of workers, started by mistake, would also keep the cache's lock."""
     started, iterate = [], DataLoader.__iter__

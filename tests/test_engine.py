@@ -370,6 +370,20 @@ def test_meter_keeps_small_things_beside_large_ones():
     assert meter.means()['loss'] == pytest.approx((1e8 + 1000)/1001, rel=1e-12)
 
 
+def test_a_batch_without_a_gap_has_no_error_of_it():
+    "It is left out of the mean, and no 0; where no batch had one, the mean is NaN."
+    engine, batches = engine_of(), [batch_of(1, seed, first=seed) for seed in range(3)]
+    batches[1] |= dict(gap_coords=torch.full((1, 2), math.nan), present=torch.tensor([[False, True]]))
+    parts = [engine._forward_backward(batch, 1.) for batch in batches]   # no step between them
+    for p in parts: engine.meter.add(p)
+    found = engine.meter.means()
+    assert parts[1]['gap_mae'].isnan() and found['gap_mae'] == pytest.approx((parts[0]['gap_mae'] + parts[2]['gap_mae']).item()/2)
+    assert found['slider_mae'] == pytest.approx(sum(p['slider_mae'].item() for p in parts)/3)
+    engine.meter = Meter()
+    engine.meter.add(parts[1])
+    assert math.isnan(engine.meter.means()['gap_mae'])
+
+
 # stopping and going on
 
 @pytest.mark.parametrize('accumulate', [1, 2])

@@ -1,6 +1,7 @@
 "Exported files: the same points in every form, opset and runtime, or no file."
 import json
 from functools import partial
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -200,6 +201,20 @@ def test_int8(model, points, tmp_path, monkeypatch):
     cost = price(model, 'points', dict(float32=points, int8=(tmp_path/'m.onnx').read_bytes()), samples)
     assert cost['moved_median_px'] > 0 and set(cost['metrics']) == {'float32', 'int8'}
     assert price(model, 'points', dict(float32=points, int8=points), samples)['moved_p95_px'] == 0
+
+
+def test_int8_of_a_network_with_an_angle():
+    model = lived_in(create_lite_hrnet_18_fpn(dict(CONFIG.model, angle_head=True)))
+    model.config = CONFIG.to_dict()
+    assert module.quantised(model, 'points', 17, [np.zeros((80, 160, 3), np.uint8)])
+
+
+def test_captchas_are_drawn_where_the_runs_photographs_are_not(caplog):
+    "Networks that ship were trained on photographs that do not, and on captchas that lack a point."
+    run = CONFIG.override('synth.background_dir=nowhere', 'synth.backgrounds={photo: 1}', 'synth.no_gap=0.9', 'synth.no_slider=0.9')
+    samples = module.drawn(SimpleNamespace(config=run.to_dict()), 6, 1)
+    assert all(sample.gap and sample.slider for sample in samples)
+    assert 'nowhere' in caplog.text and 'photographs of the package' in caplog.text
 
 
 @pytest.fixture(scope='module')

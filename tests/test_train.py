@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -292,6 +293,20 @@ def test_what_a_worker_says_is_a_line(start, tmp_path):
     for picture in (tmp_path/'data/train/images').iterdir(): picture.unlink()
     done = process.wait()
     assert done.code == 1 and re.fullmatch(r'error: data/train/images/\S+: no such file.*\n', done.err), done.err
+
+
+def test_another_runs_best_model_is_not_taken_for_this_ones(finished, tmp_path):
+    "It lies beside what is resumed, because a run was made in the same folder meanwhile, or because later epochs are given up."
+    (tmp_path/'tiny.yaml').write_text(TINY)
+    theirs = tmp_path/'checkpoints/tiny'
+    shutil.copytree(finished.folder/'checkpoints/tiny', theirs)
+    other = checkpoint_of(finished.folder, 'best_model')
+    other['validator'] |= dict(best=[other['validator']['best'][0], -1e-3])   # better than any
+    save_checkpoint(theirs/'best_model.pth', other)
+    run = in_this_process(tmp_path, 'version=longer', 'sched.epochs=3', 'data.val_samples=3', resume=str(theirs/'last.pth'))
+    assert run.validator.best is None and not (tmp_path/'checkpoints/longer/best_model.pth').exists()
+    assert 'not the best of the epochs that this run goes on from' in (tmp_path/'logs/log-longer/training.log').read_text()
+    assert run.fit()['epoch'] == 2 and load_checkpoint(tmp_path/'checkpoints/longer/best_model.pth')['epoch'] == 2
 
 
 def test_more_epochs_in_another_folder(finished, tmp_path):

@@ -86,6 +86,14 @@ def test_intervals_equal_their_twin(count):
         assert low <= high and (count > 1 or low == high == float(metrics_of(errors)[name]))
 
 
+def test_intervals_of_many_samples_are_those_of_all_resamples_at_once():
+    "They are drawn some at a time, so that memory does not grow with their number."
+    errors = errors_of(150_001)   # six resamples at once
+    drawn = metrics_of({name: value[np.random.default_rng(0).integers(0, 150_001, (13, 150_001))] for name, value in errors.items()})
+    found = bootstrap_intervals(errors, 13)
+    for name in NAMES: assert found[name] == pytest.approx(np.percentile(drawn[name], [2.5, 97.5]), abs=1e-9)
+
+
 def test_intervals_are_repeatable_and_leave_global_generators_alone():
     np.random.seed(3)
     state = np.random.get_state()[1].copy()
