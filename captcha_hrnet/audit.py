@@ -554,7 +554,7 @@ def main(
     data: Param('your own labelled captchas: a data folder, or a COCO keypoints JSON file', str) = None,
     split: Param('folder in the data folder', str) = 'val',
     images: Param("folder that a COCO file's names start from (default: the file's own)", str) = None,
-    on_bad_sample: Param('what to do about samples that cannot be used', str, choices=['raise', 'skip']) = 'raise',
+    on_bad_sample: Param('what to do about samples that cannot be used (of a COCO file: pictures; its labels must be good)', str, choices=['raise', 'skip']) = 'raise',
     factors: Param(f'separated by commas, or all, or none: {", ".join(FACTORS)}', str) = 'all',
     strengths: Param('of each factor, separated by commas, rising, above 0 to 1', str) = '0.25,0.5,0.75,1',
     samples: Param('captchas for each factor at each strength; four times as many halve the intervals', int) = 200,

@@ -9,7 +9,7 @@ __all__ = ['MAX_SIDE', 'MIN_SIDE', 'FORMATS', 'NONE', 'MAX_LINE', 'MAX_FLAGS', '
            'names_in_split', 'main']
 
 # %% ../nbs/03_data.ipynb #67d12a1e
-import gc, glob, hashlib, io, itertools, json, logging, math, os, posixpath, re, reprlib, shutil, struct, time
+import filecmp, gc, glob, hashlib, io, itertools, json, logging, math, os, posixpath, re, reprlib, shutil, struct, time
 from array import array
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -40,6 +40,7 @@ def _decode(image: Image.Image) -> np.ndarray:
     image = ImageOps.exif_transpose(image)
     if image.mode == 'F' or image.mode == 'I' and not 0 <= min(image.getextrema()) <= max(image.getextrema()) < 2**16:
         raise ValueError('more than 16 bits a channel')
+    if image.mode == 'I' and max(image.getextrema()) < 2**8: raise ValueError('whole numbers of 32 bits, none above 255: 8 or 16 bits a channel are needed')
     if image.mode.startswith('I'): image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ('RGBA', 'LA', 'PA') or 'transparency' in image.info:
         image = image.convert('RGBA')
@@ -732,6 +733,8 @@ def _import(path, images: Path, folder: Path, **how) -> int:
         if (width, height) != (record['width'], record['height']):
             raise UserError(f'{images/record["image"]} is {width}×{height} px; {path} says {record["width"]}×{record["height"]}')
     names = names_in_split(records, path)
+    for record, name in zip(records, names):
+        if (folder/name).exists() and not filecmp.cmp(folder/name, images/record['image'], shallow=False): raise UserError(f'{folder/name}: is there already, and another picture: name another --data or --split')
     for record, name in zip(tqdm(records, 'copying', disable=None, leave=False), names):
         (folder/name).parent.mkdir(parents=True, exist_ok=True)
         if (folder/name).resolve() != (images/record['image']).resolve(): shutil.copyfile(images/record['image'], folder/name)

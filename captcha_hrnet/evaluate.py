@@ -580,7 +580,7 @@ def main(
     compare: Param('a second checkpoint, compared with the first on the same captchas', str) = None,
     out: Param('folder for report.html and metrics.json', str) = None,
     images: Param("folder that a COCO file's names start from (default: the file's own)", str) = None,
-    on_bad_sample: Param('what to do about samples that cannot be used', str, choices=['raise', 'skip']) = 'raise',
+    on_bad_sample: Param('what to do about samples that cannot be used (of a COCO file: pictures; its labels must be good)', str, choices=['raise', 'skip']) = 'raise',
     device: Param('auto, cpu, cuda, cuda:N or mps', str) = 'auto',
     batch_size: Param('pictures at once', int) = 32,
     workers: Param('processes that load pictures; 0: none', int) = 0,

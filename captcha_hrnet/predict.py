@@ -118,10 +118,11 @@ def find_images(
     for number, source in enumerate(named):
         if not isinstance(source, (str, os.PathLike)): found.append((f'picture {number}', source, None)); continue
         name, inside = os.fspath(source), None
-        if os.path.isdir(name): inside = sorted(os.path.join(folder, file) for folder, _, files in os.walk(name) for file in files if file.lower().endswith(SUFFIXES))
+        closed = []
+        if os.path.isdir(name): inside = sorted(os.path.join(folder, file) for folder, _, files in os.walk(name, onerror=closed.append) for file in files if file.lower().endswith(SUFFIXES))
         elif not os.path.lexists(name) and glob.has_magic(name): inside = sorted(filter(os.path.isfile, glob.iglob(name, recursive=True)))
         if inside is None: found.append((name, name, None))
-        elif inside: found += [(path, path, None) for path in inside]
+        elif inside or closed: found += [(path, path, None) for path in inside] + [(error.filename, error.filename, f'{error.filename}: {error.strerror}') for error in closed]
         else: found.append((name, name, f'{name}: no picture in it' if os.path.isdir(name) else f'{name}: nothing matches'))
     return found
 
@@ -256,6 +257,7 @@ def main(
 ):
     "Find gap and slider in pictures: one JSON line each."
     predictor, found, failed = Predictor(weights, device, threshold, batch_size, flip, slider_left, contrast and contrast == 'on'), find_images(images), 0
+    if out == '': raise UserError('--out: must name a folder, and is empty')
     if out: make_folder(Path(out), '--out', 'predict')
     for number, answer in enumerate(predictor.stream(found)):
         line = answer.to_dict()

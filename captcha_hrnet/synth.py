@@ -13,7 +13,7 @@ __all__ = ['SPLITS', 'PARTS', 'POINTS', 'FULL_TURN', 'SHAPES', 'KNOBS', 'BACKGRO
            'free_place', 'other_row', 'place_pieces', 'likeness', 'decoy_outline', 'add_decoys', 'make_plan',
            'add_clutter', 'scaled', 'out_of_focus', 'colour_shifted', 'noisy', 'jpeg', 'apply_camera',
            'measure_visibility', 'Sample', 'flags_of', 'finish', 'CaptchaSynth', 'contact_sheet', 'draw_labels',
-           'browse', 'part_path', 'image_name', 'write_chunk', 'start_worker', 'run_chunk', 'read_lines',
+           'browse', 'part_path', 'image_name', 'write_chunk', 'start_worker', 'run_chunk', 'read_lines', 'pictured',
            'chunks_to_do', 'close_split', 'claim_folder', 'default_workers', 'run_jobs', 'write_dataset', 'find_preset',
            'main']
 
@@ -1816,20 +1816,32 @@ def read_lines(
     path: Path, # a file of label lines, or nothing
 ) -> list:      # of str, without line ends
     "The lines of a file; none if it does not exist."
-    return path.read_text("utf-8").splitlines() if path.exists() else []
+    try: return path.read_text("utf-8").splitlines() if path.exists() else []
+    except ValueError: raise UserError(f"{path}: damaged (not UTF-8): name another folder") from None
+
+def pictured(
+    line: str, # of labels
+) -> str:      # its picture; nothing if the line is damaged
+    "What a label line is of."
+    try: return json.loads(line)["image"]
+    except (ValueError, LookupError, TypeError): return ""
 
 def chunks_to_do(
     folder: Path, # of the split
     count: int,   # samples wanted
 ) -> tuple:       # (all chunks after what labels.jsonl has, those of them that are still to be drawn), each a list of (start, stop)
     "Which chunks are missing."
-    have = len(read_lines(folder / "labels.jsonl"))
+    labels = folder / "labels.jsonl"
+    for index, line in enumerate(found := read_lines(labels)):
+        if pictured(line) != image_name(index) or not (folder / image_name(index)).exists():
+            raise UserError(f"{labels}:{index + 1}: must be of {image_name(index)}, and that must be there: the data set was changed; name another folder")
+    have = len(found)
     if have > count: raise UserError(f"{folder}: {have} samples are there, more than the {count} asked for: name another folder")
     chunks = [(start, min(start + CHUNK, count)) for start in range(have, count, CHUNK)]
     def finished(start, stop):
         names = [image_name(index) for index in range(start, stop)]
         lines = read_lines(part_path(folder, start))
-        return [json.loads(line)["image"] for line in lines] == names and all((folder / name).exists() for name in names)
+        return [pictured(line) for line in lines] == names and all((folder / name).exists() for name in names)
     return chunks, [chunk for chunk in chunks if not finished(*chunk)]
 
 def close_split(
@@ -1857,10 +1869,11 @@ def claim_folder(
         if taken: raise UserError(f"{taken[0]}: is there already, and was not written by this program: name another folder")
         out.mkdir(parents=True, exist_ok=True)
         return write_atomically(file, (json.dumps(settings, indent=1) + "\n").encode())
-    try: found = json.loads(file.read_text("utf-8"))
-    except ValueError: raise UserError(f"{file}: cannot be read as JSON: name another folder") from None
+    try: found = dict(json.loads(file.read_text("utf-8")))
+    except (ValueError, TypeError): raise UserError(f"{file}: cannot be read as a JSON object: name another folder") from None
     differing = [key for key in ("format", "seed", "photos") if found.get(key) != settings[key]]
-    differing += [f"synth.{key}" for key in synth if found.get("synth", {}).get(key) != synth[key]]
+    noted = found.get("synth")
+    differing += [f"synth.{key}" for key in synth if not isinstance(noted, dict) or noted.get(key) != synth[key]]
     if differing: raise UserError(f"{out}: holds a data set with other settings ({', '.join(differing)}): name another folder")
 
 # %% ../nbs/02_synth.ipynb #56d192c2

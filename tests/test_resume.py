@@ -161,7 +161,7 @@ def test_a_damaged_best_model_is_found_at_once(data, tmp_path, capsys):
 def test_changed_settings_are_said(data, tmp_path, capsys):
     "Stopped after 3 batches of 4, gone on with in batches of 2."
     _, overrides = straight(data, 'off', 1, 'synthetic')
-    assert toy_run(tmp_path, overrides, incident=Incident('asked', 5)) is False   # two moments were the first write's
+    assert toy_run(tmp_path, overrides, incident=Incident('asked', 7)) is False   # four moments were the first writes'
     assert toy_run(tmp_path, [*overrides, 'train.batch_size=2'], 'auto') is True
     out = capsys.readouterr().out
     assert 'changed since the checkpoint: train.batch_size 4 → 2' in out

@@ -306,7 +306,7 @@ def test_another_runs_best_model_is_not_taken_for_this_ones(finished, tmp_path):
     run = in_this_process(tmp_path, 'version=longer', 'sched.epochs=3', 'data.val_samples=3', resume=str(theirs/'last.pth'))
     assert run.validator.best is None and not (tmp_path/'checkpoints/longer/best_model.pth').exists()
     assert 'not the best of the epochs that this run goes on from' in (tmp_path/'logs/log-longer/training.log').read_text()
-    assert run.fit()['epoch'] == 2 and load_checkpoint(tmp_path/'checkpoints/longer/best_model.pth')['epoch'] == 2
+    assert run.fit()['epoch'] == 2 and load_checkpoint(tmp_path/'checkpoints/longer/best_model.pth')['validator']['best_epoch'] == 2
 
 
 def test_more_epochs_in_another_folder(finished, tmp_path):
