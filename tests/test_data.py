@@ -734,6 +734,24 @@ def test_flags_of_any_language_are_packed(split):
     assert packed_one["has_旋转"] == load(split)[0]["has_旋转"] and same(packed_one, load(split)[0])
 
 
+def test_a_picture_that_is_there_is_not_overwritten(split, tmp_path, capsys):
+    write_coco(tmp_path / "labels.json", [dict(GOOD, image="0.png")])
+    (tmp_path / "new/train/images").mkdir(parents=True)
+    (tmp_path / "new/train/images/0.png").write_text("precious")
+    run = lambda: run_command(module.main, ["--read", str(tmp_path / "labels.json"), "--images", str(split / "images"), "--data", str(tmp_path / "new")])
+    assert run() == 1 and "is there already, and another picture" in capsys.readouterr().err
+    assert (tmp_path / "new/train/images/0.png").read_text() == "precious" and not (tmp_path / "new/train/labels.jsonl").exists()
+    shutil.copy(split / "images/0.png", tmp_path / "new/train/images/0.png")
+    assert run() == 0   # the same picture
+
+
+def test_whole_numbers_that_may_be_8_or_16_bits_are_refused(tmp_path):
+    grey(200).convert("I").save(tmp_path / "a.tif")
+    with pytest.raises(UserError, match="a.tif: not a readable picture .*none above 255"): read_image(tmp_path / "a.tif")
+    Image.fromarray(np.full((32, 64), 200 * 256, np.int32)).save(tmp_path / "b.tif")
+    assert (read_image(tmp_path / "b.tif") == 200).all()
+
+
 def test_two_pictures_of_one_name_are_not_imported(tmp_path, capsys):
     folder = tmp_path / "source"
     (folder / "images").mkdir(parents=True)

@@ -197,6 +197,16 @@ def test_folders_and_patterns(tmp_path, monkeypatch):
     assert names('nowhere.png') == ['nowhere.png']   # its reader says that it isn't there
 
 
+def test_a_folder_that_cannot_be_read_is_a_line(tmp_path, monkeypatch):
+    walk = os.walk
+    def closed(name, onerror=None):
+        yield from walk(name)
+        onerror(PermissionError(13, 'Permission denied', f'{name}/secret'))
+    (tmp_path/'a.png').write_bytes(PNG)
+    monkeypatch.setattr('os.walk', closed)
+    assert find_images([tmp_path]) == [(f'{tmp_path}/a.png', f'{tmp_path}/a.png', None), (f'{tmp_path}/secret', f'{tmp_path}/secret', f'{tmp_path}/secret: Permission denied')]
+
+
 def test_forms_of_the_call(model, tmp_path):
     (tmp_path/'a.png').write_bytes(PNG)
     predictor = Predictor(model, 'cpu')

@@ -433,6 +433,26 @@ def test_a_set_grows_but_never_mixes(tmp_path):
     assert contents(out) == grown
 
 
+def test_a_set_that_was_changed_does_not_grow(tmp_path):
+    "Nothing is drawn to a data set that is not what was written; damage is a line."
+    assert command("--out", tmp_path / "set", "--train", 7, *FAST).returncode == 0
+    labels = (tmp_path / "set/train/labels.jsonl").read_bytes()
+    lines = labels.splitlines(True)
+    damages = {"synth.json": (b"3", "synth.json: cannot be read"), "train/labels.jsonl": (b"".join(lines[:1] + lines[2:]), "labels.jsonl:2: must be of images/000001.png"),
+               "./train/labels.jsonl": (labels[:-20], "labels.jsonl:7: must be of"), "train/./labels.jsonl": (labels + b"\xff\xfe", "not UTF-8"),
+               "train/images/000003.png": (None, "labels.jsonl:4: must be of images/000003.png, and that must be there")}
+    for name, (content, words) in damages.items():
+        copy = shutil.copytree(tmp_path / "set", tmp_path / f"copy{len(words)}-{len(name)}")
+        if content is None: (copy / name).unlink()
+        else: (copy / name).write_bytes(content)
+        before, done = contents(copy), command("--out", copy, "--train", 9, *FAST)
+        assert done.returncode == 1 and words in done.stderr and len(done.stderr.splitlines()) == 1 and contents(copy) == before, done.stderr
+    part = tmp_path / "set/train/.parts"
+    part.mkdir()
+    (part / "00000007.jsonl").write_text('{"x": 1}\nnot json\n')   # not finished, then
+    assert command("--out", tmp_path / "set", "--train", 9, *FAST).returncode == 0 and len((tmp_path / "set/train/labels.jsonl").read_bytes().splitlines()) == 9
+
+
 @pytest.mark.parametrize("arguments, code, words", [
     (["--help"], 0, ""), (["--no-such-option"], 2, "unrecognized"), (["--train", "many"], 2, "invalid int"),
     ([], 1, "not both 0"), (["--train", "-3"], 1, "must be 0 or more"), (["--train", "3", "--seed", "-1"], 1, "seed"),

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data._utils import signal_handling
 
 from captcha_hrnet import train as module
-from captcha_hrnet.config import Config, load_config, run_command
+from captcha_hrnet.config import Config, UserError, load_config, run_command
 from captcha_hrnet.data import DataPipeline
 from captcha_hrnet.engine import TrainingEngine, load_checkpoint, log, newest_checkpoint, save_checkpoint
 from captcha_hrnet.model import load_model
@@ -307,6 +307,36 @@ def test_another_runs_best_model_is_not_taken_for_this_ones(finished, tmp_path):
     assert run.validator.best is None and not (tmp_path/'checkpoints/longer/best_model.pth').exists()
     assert 'not the best of the epochs that this run goes on from' in (tmp_path/'logs/log-longer/training.log').read_text()
     assert run.fit()['epoch'] == 2 and load_checkpoint(tmp_path/'checkpoints/longer/best_model.pth')['validator']['best_epoch'] == 2
+
+
+def test_a_run_that_another_one_took_the_place_of_goes_on(tmp_path):
+    "By the line that the other run's log gives: with its own weights and its own best, and nothing of it is lost."
+    (tmp_path/'tiny.yaml').write_text(TINY)
+    first = in_this_process(tmp_path, 'version=tiny', 'sched.epochs=1', 'data.val_samples=3')
+    first.fit()
+    folder = tmp_path/'checkpoints/tiny'
+    last, best = (folder/'last.pth').read_bytes(), (folder/'best_model.pth').read_bytes()
+    in_this_process(tmp_path, 'version=tiny', 'seed=7', 'sched.epochs=1', 'data.val_samples=3').fit()
+    assert f'--resume {folder}/previous.pth' in (tmp_path/'logs/log-tiny/training.log').read_text() and (folder/'best_model.pth').read_bytes() != best
+    other = (folder/'last.pth').read_bytes()
+    again = in_this_process(tmp_path, 'version=tiny', 'sched.epochs=1', 'data.val_samples=3', resume=str(folder/'previous.pth'))
+    assert again.fit()['mae_px'] == load_checkpoint(folder/'best_model.pth')['metrics']['mae_px']
+    assert [(folder/name).read_bytes() for name in ('last.pth', 'previous.pth', 'best_model.pth', 'previous_2.pth')] == [last, last, best, other]
+
+
+def test_a_mistake_leaves_the_folder_in_order(tmp_path):
+    "The next run takes over from nobody."
+    (tmp_path/'tiny.yaml').write_text(TINY)
+    with pytest.raises(UserError): in_this_process(tmp_path, 'data.source=directory', 'data.root=nowhere')
+    in_this_process(tmp_path)
+    assert 'taken over from' not in (tmp_path/'logs/log-tiny/training.log').read_text()
+
+
+def test_a_reader_that_goes_is_no_traceback(finished, tmp_path):
+    "`… | head -1`"
+    (tmp_path/'tiny.yaml').write_text(TINY)
+    done = subprocess.run(f'{sys.executable} -m captcha_hrnet.train --config tiny.yaml --set sched.epochs=2 | head -1', shell=True, cwd=tmp_path, capture_output=True, text=True)
+    assert 'Logging error' not in done.stderr and load_checkpoint(tmp_path/'checkpoints/tiny/last.pth')['done']
 
 
 def test_more_epochs_in_another_folder(finished, tmp_path):
