@@ -675,6 +675,9 @@ def write_atomically(
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None   # not the temporary name
+        raise
     finally: temporary.unlink(missing_ok=True)
 
 def save_config(

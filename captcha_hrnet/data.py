@@ -728,6 +728,7 @@ def _import(path, images: Path, folder: Path, **how) -> int:
     "Make a split's folder of a COCO file and its pictures; nothing is written unless all are good."
     if (folder/'labels.jsonl').exists(): raise UserError(f'{folder/"labels.jsonl"}: is there already: name another --data or --split')
     records = read_coco(path, **how)
+    if not records: raise UserError(f'{path}: no image in it')
     for record in tqdm(records, 'checking', disable=None, leave=False):
         height, width = read_image(images/record['image']).shape[:2]
         if (width, height) != (record['width'], record['height']):

@@ -723,6 +723,10 @@ def test_command_line(split, tmp_path, capsys):
     saved(tmp_path / "tool/images/default/b.png", grey(1, 65, 32))
     assert run(*arguments, "--split", "other") == 1 and "b.png is 65×32 px" in capsys.readouterr().err
     assert not (tmp_path / "new/other").exists()                                                               # nothing is half done
+    capsys.readouterr()
+    assert run("--write", tmp_path / "no/c.json", "--data", tmp_path / "new") == 1 and f"{tmp_path}/no/c.json: " in capsys.readouterr().err   # not a temporary name
+    (tmp_path / "empty.json").write_text(json.dumps(json.loads(coco.read_text()) | dict(images=[], annotations=[])))
+    assert run("--read", tmp_path / "empty.json", "--data", tmp_path / "none") == 1 and "empty.json: no image in it" in capsys.readouterr().err
     assert run() == 1 and run("--read", "x", "--write", "y") == 1 and run("--write", "x", "--data", tmp_path / "no") == 1
     with pytest.raises(SystemExit) as status: run("--origin", "middle")
     assert status.value.code == 2
