@@ -9,11 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from captcha_hrnet import train_reranking
-from captcha_hrnet.config import UserError, load_config
+from captcha_hrnet.config import Config, UserError, load_config
 from captcha_hrnet.geometry import HeatmapCodec
 from captcha_hrnet.model import APART_PX, CaptchaKeypointNet, candidate_pairs, create_lite_hrnet_18_fpn, decode_outputs, load_model, save_weights
+from captcha_hrnet.predict import letterboxed
 from captcha_hrnet.registration import REACH, edge_maps, registered
 from captcha_hrnet.reranking import BEHIND, BELIEVED, FAR, RADIUS, SURE, PairNet, believed, judged_pairs, laid_further, middle_pixels, off_distance, off_middle, pair_views, recentred, weighed
+from captcha_hrnet.synth import CaptchaSynth
 from captcha_hrnet.train_reranking import BESIDE, BESIDE_PX, CENTRE_WEIGHT, DISTANCE_WEIGHT, LEAST, SAME_PX, SIDES_WEIGHT, answers_again, compared_pairs, fit_doubts, fit_trust, fit_shares, fit_worth, look_losses, second_looks, turned
 from test_registration import captcha
 
@@ -195,6 +197,15 @@ class Batches(list):
     "A loader of batches that are there already."
     batch_sampler = property(lambda self: self)
     def set_position(self, epoch): pass
+
+
+@pytest.mark.parametrize('kind', [torch.float64, torch.bfloat16])
+def test_a_network_that_ships_answers_in_any_precision(kind):
+    "Second look, registration and the doubt in it included."
+    model, exact = (load_model('pretrained-fast') for _ in range(2))
+    image, _ = letterboxed([CaptchaSynth(Config().synth, 3, 'val').draw(index).image for index in range(3)], (256, 512))
+    with torch.no_grad(): found, truth = (net.decode_predictions(net(image)) for net in (model.to(kind), exact))
+    for name in ('gap_coords', 'slider_coords'): torch.testing.assert_close(found[name].float(), truth[name], atol=1e-2 if kind == torch.float64 else 1., rtol=0)
 
 
 def drawn(count, seed=0):

@@ -137,6 +137,17 @@ def test_ten_thousand_samples_only_draw_what_is_looked_at(models):
     assert len(looked) == 2 + 2*browser.per_page   # the thumbnails are still there
 
 
+def test_shown_answers_follow_the_threshold(models):
+    "It changes what is an answer, and of all answers no selection."
+    base = models[0]
+    p = Predictions(dict(index=np.arange(4), true=base.true[:4], found=base.true[:4] + 1, scores=np.repeat([[.9], [.8], [.3], [.2]], 2, 1)), base.dataset)
+    browser = Browser(p)
+    for view, told in (('table', lambda: browser.list.value.count('none')), ('grid', lambda: sum('none' in button.description for button in browser.opens))):
+        browser.view.value, counts = view, []
+        for browser.threshold.value in (0, .5, .85): counts.append(told())
+        assert counts[0] < counts[1] < counts[2], view
+
+
 def test_a_run_that_fails_says_why(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path('run.yaml').write_text('version: none\ndata: {source: directory, root: nowhere}\nhardware: {device: cpu}\n')
