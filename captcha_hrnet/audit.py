@@ -571,7 +571,7 @@ def main(
     chosen, levels = find_factors(factors), _strengths(strengths)
     if not (chosen or data): raise UserError('--factors none: then --data is needed')
     if images and not data: raise UserError('--images: goes with a COCO file as --data')
-    model = load_model(weights, at := pick_device(device, 'command line'))
+    model = load_model(weights, at := pick_device(device, '--device'))
     make_folder(Path(out), 'out', 'command line')
     logging.basicConfig(format='%(message)s')
     size = checkpoint_config(model, weights).data

@@ -12,7 +12,7 @@ __all__ = ['CORE_SCALARS', 'CORE_RESOLVERS', 'Text', 'Positive', 'NotNegative', 
            'EvalConfig', 'CheckpointsConfig', 'LoggingConfig', 'HardwareConfig', 'Config', 'schema_keys', 'nearest_key',
            'error_line', 'field_errors', 'broken_rules', 'rule_line', 'check_tree', 'merge', 'origins_of',
            'read_layers', 'parse_override', 'apply_overrides', 'load_config', 'write_atomically', 'save_config',
-           'existing_devices', 'pick_device', 'make_folder', 'ConfigManager', 'run_command', 'cli']
+           'existing_devices', 'pick_device', 'make_folder', 'ConfigManager', 'visible', 'run_command', 'cli']
 
 # %% ../nbs/00_config.ipynb #4f8c80b2
 import difflib
@@ -697,7 +697,7 @@ def existing_devices() -> list:
 
 def pick_device(
     name: str,              # auto | cpu | mps | cuda | cuda:N
-    where: str = "config",  # the file that asks for it
+    where: str = "config: hardware.device",  # what asks for it
 ):                          # torch.device
     "The device of that name if it exists; `auto` prefers cuda over mps over cpu"
     import torch
@@ -705,7 +705,7 @@ def pick_device(
     own = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"   # torchrun gives each process of a machine its GPU
     wanted = {"auto": own if "cuda:0" in devices else devices[0], "cuda": own}.get(name, name)
     if wanted in devices: return torch.device(wanted)
-    raise UserError(f"{where}: hardware.device: value {name!r}: {wanted} does not exist here; there is {', '.join(devices)}")
+    raise UserError(f"{where}: value {name!r}: {wanted} does not exist here; there is {', '.join(devices)}")
 
 # %% ../nbs/00_config.ipynb #5175b759
 def make_folder(folder: Path, key: str, where: str):
@@ -744,7 +744,7 @@ class ConfigManager:
 
     def get_device(self):
         "The torch.device to run on; fp16 on a CPU is refused"
-        device = pick_device(self.config.hardware.device, str(self.path))
+        device = pick_device(self.config.hardware.device, f"{self.path}: hardware.device")
         if device.type == "cpu" and self.config.train.amp == "fp16":
             raise UserError(f"{self.path}: train.amp: value 'fp16': must be bf16 or off on the CPU, the only device here")
         return device
@@ -761,7 +761,9 @@ def _program() -> str:
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     return f"python -m {spec.name}" if spec and spec.name else Path(sys.argv[0]).name
 
-def _visible(text: str) -> str:
+def visible(
+    text: str,   # names of files, say, which may hold anything
+) -> str:
     "Without what ends a line or moves a terminal's cursor"
     return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda odd: repr(odd[0])[1:-1], text)
 
@@ -770,8 +772,8 @@ def _error_lines(error: Exception, arguments: dict) -> list:
     text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
     for value in arguments.values():
         for name in [value] if isinstance(value, str) else value if isinstance(value, list) else ():
-            for written in filter(None, (name, str(Path(name)))): text = text.replace(written, _visible(written))
-    return [_visible(line) for line in text.split("\n")]
+            for written in filter(None, (name, str(Path(name)))): text = text.replace(written, visible(written))
+    return [visible(line) for line in text.split("\n")]
 
 def run_command(
     func: Callable,      # its docments become the options

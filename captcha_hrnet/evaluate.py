@@ -593,7 +593,7 @@ def main(
     if batch_size < 1 or workers < 0 or resamples < 0: raise UserError(f'--batch_size {batch_size} --workers {workers} --resamples {resamples}: at least 1, 0 and 0')
     if compare and not resamples: raise UserError('--resamples 0: a comparison needs at least 1')
     if calibrate: _may_be_written(calibrate, compare)
-    paths, at = [path for path in (weights, compare) if path], pick_device(device, 'command line')
+    paths, at = [path for path in (weights, compare) if path], pick_device(device, '--device')
     models = [load_model(path, at) for path in paths]
     for model in models:
         model.decode_options['slider_left'] |= slider_left

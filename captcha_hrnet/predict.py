@@ -19,7 +19,7 @@ from fastcore.script import Param
 from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from .config import UserError, check_tree, cli, make_folder, pick_device
+from .config import UserError, check_tree, cli, make_folder, pick_device, visible
 from .data import read_image
 from .engine import write_file
 from .geometry import Letterbox, letterbox_image, unletterbox
@@ -180,7 +180,7 @@ class Predictor:
     ):
         if threshold is not None and not 0 <= threshold <= 1: raise UserError(f'threshold: value {threshold}: must be in [0, 1]')
         if batch_size < 1: raise UserError(f'batch_size: value {batch_size}: must be 1 or more')
-        self.device = pick_device(device, 'predict')
+        self.device = pick_device(device, 'device')
         self.model = weights.to(self.device).eval() if isinstance(weights, nn.Module) else load_model(weights, self.device)
         self.size, self.batch_size, self.flip = input_size(self.model), batch_size, flip
         self.threshold = none_below(self.model) if threshold is None else threshold
@@ -263,7 +263,7 @@ def main(
         line = answer.to_dict()
         if answer.error is not None:
             failed += 1
-            tqdm.write(f'error: {answer.error}', file=sys.stderr)
+            tqdm.write(f'error: {visible(answer.error)}', file=sys.stderr)
         elif out:
             line['picture'] = str(Path(out)/f'{number:06}-{Path(answer.image).stem.encode()[:200].decode(errors="ignore")}.png')
             write_file(line['picture'], answer.encoded())

@@ -299,7 +299,7 @@ def test_mistakes_on_the_command_line(checkpoint, tmp_path, capsys):
     for arguments, says in (([picture, '--weights', 'pretrain'], 'pretrain: no such weights file'), ([picture, '--weights', str(tmp_path/'file')], 'not a readable weights file'),
                             ([picture, '--weights', str(tmp_path/'newer.pth')], 'lite_hrnet_99'), ([picture, '--weights', 'none.pth'], 'no such weights file'),
                             ([picture, *weights, '--out', str(tmp_path/'file'/'x')], '--out'), ([str(tmp_path/'*.gif'), *weights], 'nothing matches'),
-                            ([picture, *weights, '--threshold', '2'], 'threshold'), ([picture, *weights, '--device', 'tpu'], 'tpu')):
+                            ([picture, *weights, '--threshold', '2'], 'threshold'), ([picture, *weights, '--device', 'tpu'], "device: value 'tpu': "), ([str(tmp_path/'a\nerror: b.png'), *weights], 'a\\nerror: b.png: no such file'), ([picture, *weights, '--out', ''], '--out: must name a folder')):
         assert run_command(main.__wrapped__, arguments) == 1
         said = capsys.readouterr().err
         assert says in said and all(line.startswith('error: ') for line in said.splitlines() if line.strip()), said
