@@ -686,7 +686,7 @@ def save_config(
 ):
     "Save the resolved configuration; `load_config` reads it back equal"
     try: write_atomically(path, yaml.dump(config.to_dict(), Dumper=ConfigDumper, sort_keys=False, allow_unicode=True).encode())
-    except OSError as error: raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
+    except OSError as error: raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
 
 # %% ../nbs/00_config.ipynb #fbb45425
 def existing_devices() -> list:
