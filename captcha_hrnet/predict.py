@@ -194,7 +194,7 @@ class Predictor:
         several = isinstance(image, (list, tuple))
         found = find_images(image if several else [image])
         answers = list(self.stream(found, bgr))
-        return answers if several or isinstance(image, (str, os.PathLike)) and (len(found) > 1 or found[0][0] != os.fspath(image) or found[0][2] is not None) else answers[0]
+        return answers if several or isinstance(image, (str, os.PathLike)) and found != [(os.fspath(image), os.fspath(image), None)] else answers[0]
 
     def stream(self,
         found: list,         # of `find_images`

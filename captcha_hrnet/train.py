@@ -122,9 +122,10 @@ def _holder(file) -> str:
     file.seek(0)
     return file.read(300).strip()
 
-def unlock(file):
-    "Leave the folder in order: nothing is to be taken over."
-    if not file.closed: file.truncate(0); file.close()
+def unlock(*files):
+    "Leave folders in order: nothing is to be taken over."
+    for file in files:
+        if not file.closed: file.truncate(0); file.close()
 
 # %% ../nbs/09_train.ipynb #04a9c682
 ECHO_SECONDS = 2   # in which a further signal is the first one's echo
@@ -246,7 +247,7 @@ class Run:
         "A mistake that ends the run leaves its folders to the next one."
         try: yield
         except UserError:
-            for file in self.locks: unlock(file)
+            unlock(*self.locks)
             raise
 
     def _numerics(self):
@@ -423,7 +424,7 @@ def _fit(self: Run) -> dict:
             self._epoch(epoch)
     if self.rank: return {}
     metrics = self._finish() if self.done else self._leave()
-    for file in self.locks: unlock(file)
+    unlock(*self.locks)
     return metrics
 
 def _leave(self: Run) -> dict:

@@ -54,10 +54,12 @@ def bootstrap_intervals(
     "Percentile bootstrap intervals of all metrics."
     count = len(errors['error'])
     if not resamples or not count: return {}
-    rng, part, tail, drawn = np.random.default_rng(0), max(1, 10**6//count), 50*(1 - level), []   # some resamples at once: memory does not grow with their number
+    rng, drawn = np.random.default_rng(0), []
+    part = max(1, 10**6//count)   # resamples at once: memory does not grow with their number
     for start in range(0, resamples, part):
         pick = rng.integers(0, count, (min(part, resamples - start), count))
         drawn.append(metrics_of({name: value[pick] for name, value in errors.items()}))
+    tail = 50*(1 - level)
     return {name: np.percentile(np.concatenate([found[name] for found in drawn]), [tail, 100 - tail]).tolist() for name in drawn[0]}
 
 # %% ../nbs/07_validator.ipynb #c51b4afa
